@@ -1,0 +1,61 @@
+"""contrans_tl: take a concept out of one language model, carry it through an affine map, plant it in another.
+
+    source = load_model("EleutherAI/pythia-160m")
+    target = load_model("EleutherAI/pythia-410m")
+    concept = refine(source, ContrastPairs.load("data/concepts/happiness.json"))
+    maps = fit_maps(source, target, read_sentences("data/generic.txt"))
+    moved = reformulate(concept, maps, layers={9: 18})
+    with transplant(target, moved, strength=2.0):
+        print(target.generate("The letter made me feel", max_new_tokens=20))
+
+After Dong et al., ConTrans: Weak-to-Strong Alignment Engineering via Concept Transplantation (COLING 2025).
+Importing the package is quick and touches no network: each name is loaded when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contrans_tl.activations import Activations as Activations
+    from contrans_tl.activations import collect as collect
+    from contrans_tl.activations import pair as pair
+    from contrans_tl.data import ContrastPairs as ContrastPairs
+    from contrans_tl.data import Question as Question
+    from contrans_tl.data import read_sentences as read_sentences
+    from contrans_tl.evaluation import evaluate as evaluate
+    from contrans_tl.models import HookedModel as HookedModel
+    from contrans_tl.models import ModelId as ModelId
+    from contrans_tl.models import identify as identify
+    from contrans_tl.models import load_model as load_model
+    from contrans_tl.refinement import ConceptVector as ConceptVector
+    from contrans_tl.refinement import refine as refine
+    from contrans_tl.reformulation import AffineMap as AffineMap
+    from contrans_tl.reformulation import LayerMaps as LayerMaps
+    from contrans_tl.reformulation import fit_affine as fit_affine
+    from contrans_tl.reformulation import fit_maps as fit_maps
+    from contrans_tl.reformulation import reformulate as reformulate
+    from contrans_tl.transplantation import Injection as Injection
+    from contrans_tl.transplantation import injection_hooks as injection_hooks
+    from contrans_tl.transplantation import transplant as transplant
+
+_HOME = {
+    "activations": ("Activations", "collect", "pair"),
+    "data": ("ContrastPairs", "Question", "read_sentences"),
+    "evaluation": ("evaluate",),
+    "models": ("HookedModel", "ModelId", "identify", "load_model"),
+    "refinement": ("ConceptVector", "refine"),
+    "reformulation": ("AffineMap", "LayerMaps", "fit_affine", "fit_maps", "reformulate"),
+    "transplantation": ("Injection", "injection_hooks", "transplant"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'contrans_tl' has no attribute {name!r}")
+    return getattr(import_module(f"contrans_tl.{_MODULE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

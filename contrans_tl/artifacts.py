@@ -1,0 +1,75 @@
+"""Artifacts: the one format things are saved in - safetensors, with everything that is not a tensor as JSON in the header.
+
+Files are written beside their name and renamed, so that a run killed at any moment leaves the old file or the new one. Nothing
+is ever pickled. What is loaded must be of the kind that was asked for and of a format this version knows.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+FORMAT = 1
+_KEY = "contrans_tl"
+
+
+def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Write tensors and header under this kind; the path written."""
+    about = {"format": FORMAT, "kind": kind, "versions": versions(), **header}
+    content = to_bytes({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, {_KEY: json.dumps(about)})
+    return write_atomically(path, content)
+
+
+def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of this kind.
+
+    Raises:
+        ValueError: no such file, a truncated or foreign one, another kind of artifact, or a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected a {kind} file; there is no file {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            about = json.loads(metadata[_KEY]) if _KEY in metadata else None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is truncated or not a safetensors file ({error}); save it again.") from error
+    if about is None:
+        raise ValueError(f"{str(path)!r} was not written by contrans_tl: its header says nothing about model and layers.")
+    if about["format"] > FORMAT:
+        raise ValueError(f"{str(path)!r} has format {about['format']}; this version reads up to {FORMAT}. Update contrans_tl.")
+    if about["kind"] != kind:
+        raise ValueError(f"expected a {kind}; {str(path)!r} holds a {about['kind']}.")
+    return tensors, about
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write the bytes beside the path, then rename: never a half-written file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides about numbers."""
+    return {name: version(name) for name in ("contrans-tl", "transformer-lens", "transformers", "torch")}

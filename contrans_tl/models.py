@@ -1,0 +1,312 @@
+"""Models: everything that differs between the two model classes of TransformerLens lives here.
+
+The library is written against the hook points of HookedTransformer - `blocks.{l}.hook_resid_pre`, `hook_resid_post`,
+`hook_attn_out`, `hook_mlp_out`, `attn.hook_z` - which TransformerBridge (TransformerLens 4) exposes under the same names.
+Every other module sees a model only through the `HookedModel` protocol.
+
+    model = load_model("EleutherAI/pythia-160m")      # hub id or local folder -> TransformerBridge, eval mode, raw basis
+    identify(model)                                   # ModelId: whose residual stream a vector or a map belongs to
+
+Not offered: `hook_resid_mid` as a place to write. On a bridge it is an alias of the MLP's input, so a write there never
+reaches the skip connection; write at `resid_post` instead.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Basis = Literal["raw", "centred"]
+Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z"]
+Hook = tuple[str, Callable[..., Any]]
+
+_SITES = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+}
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What the library asks of a model: a TransformerBridge (3.9, 4.x) and a HookedTransformer (3.9) both have it."""
+
+    @property
+    def cfg(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def hook_dict(self) -> Any: ...
+    @property
+    def W_E(self) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def parameters(self, *args: Any, **kwargs: Any) -> Any: ...
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
+    def hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """Which residual stream a vector, a map or a row of activations belongs to."""
+
+    name: str
+    revision: str | None
+    """Commit of the hub repository, where there is one."""
+    fingerprint: str
+    """Hash over samples of every weight, rounded to bfloat16 so that the loading dtype does not matter."""
+    n_layers: int
+    d_model: int
+    basis: Basis
+    """`centred` when TransformerLens has subtracted the mean over d_model from all that writes to the stream."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.n_layers} layers x {self.d_model}, {self.basis} basis, {self.fingerprint[:8]})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def same_space(self, other: "ModelId") -> bool:
+        """Whether residual vectors of the two are vectors of one space: the same weights in the same basis."""
+        return (self.fingerprint, self.basis) == (other.fingerprint, other.basis)
+
+
+def hook_name(layer: int, site: Site = "resid_post") -> str:
+    """Name of a hook point. Layer l means block l, counted from 0; its output is `resid_post`."""
+    if site not in _SITES:
+        raise ValueError(
+            f"expected a site among {', '.join(_SITES)}; got {site!r}. (resid_mid is left out on purpose: on a bridge a "
+            "write there does not reach the skip connection; use resid_post, or attn_out of the same layer.)"
+        )
+    return f"blocks.{layer}.{_SITES[site]}"
+
+
+def check_layers(layers: Sequence[int] | None, n_layers: int, of: str) -> tuple[int, ...]:
+    """The layers asked for, or all of them; ValueError for one the model does not have."""
+    if layers is None:
+        return tuple(range(n_layers))
+    outside = [layer for layer in layers if not 0 <= layer < n_layers]
+    if outside or not layers:
+        raise ValueError(f"expected layers of {of} between 0 and {n_layers - 1}; got {list(layers)}.")
+    return tuple(layers)
+
+
+def load_model(
+    model: str | os.PathLike[str] | Any,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> HookedModel:
+    """A TransformerBridge in eval mode, raw basis, without gradients, that has passed `self_check`.
+
+    Args:
+        model: hub id, local folder (config, weights, tokenizer), or a Hugging Face model in memory. A model in memory is
+            wrapped in place, as TransformerLens does: save or export it before, and never wrap it twice.
+        tokenizer: with a model in memory, its tokenizer (one that was saved to disk and loaded again).
+        device: where to put it; the default is TransformerLens's (the accelerator if there is one).
+        dtype: of the weights. Float32 is exact; pass torch.bfloat16 for large models.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: a folder that is no model folder, a model in memory without tokenizer or wrapped before, or a model
+            whose hook points fail `self_check`.
+    """
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    if name is not None:
+        check_model_name(name)
+    elif tokenizer is None:
+        raise ValueError("expected tokenizer= beside a Hugging Face model in memory; got none.")
+    elif any("_original_component" in key for key, _ in model.named_modules()):
+        raise ValueError("this Hugging Face model is wrapped by a TransformerBridge already: pass that bridge instead.")
+
+    from transformer_lens.model_bridge import TransformerBridge
+
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "tokenizer": tokenizer}
+    if name is None:
+        label = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        bridge = TransformerBridge.boot_transformers(label, hf_model=model, **options)
+    else:
+        bridge = TransformerBridge.boot_transformers(name, revision=revision, **options)
+    bridge.eval().requires_grad_(False)
+    self_check(bridge)
+    return bridge
+
+
+def check_model_name(name: str) -> None:
+    """ValueError, before anything heavy is imported, for a path that is no model folder."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"expected a model folder with config.json; {name!r} has none.")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"expected a hub id or a model folder; there is no folder {name!r}.")
+
+
+def identify(model: HookedModel) -> ModelId:
+    """The `ModelId` of a model. ValueError for a remote bridge, whose hooks can look but not change anything."""
+    if _is_remote(model):
+        raise ValueError(
+            "this is a RemoteBridge: it drops what hooks return, so nothing can be transplanted through it. "
+            "Load the model locally with load_model."
+        )
+    name = str(model.cfg.model_name)
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return ModelId(
+        name=Path(name).name if Path(name).is_dir() else name,
+        revision=getattr(config, "_commit_hash", None),
+        fingerprint=_fingerprint(model),
+        n_layers=model.cfg.n_layers,
+        d_model=model.cfg.d_model,
+        basis=_basis(model),
+    )
+
+
+def check_ready(model: HookedModel) -> None:
+    """ValueError unless a forward pass is deterministic: dropout makes activations that no second run gives."""
+    if getattr(model, "training", False):
+        raise ValueError("expected a model in eval mode; this one is in training mode. Call model.eval() first.")
+
+
+def _is_bridge(model: HookedModel) -> bool:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return isinstance(model, TransformerBridge)
+
+
+def _is_remote(model: HookedModel) -> bool:
+    try:
+        from transformer_lens.model_bridge.remote_bridge import RemoteBridge
+    except ImportError:  # 3.9 has none
+        return False
+    return isinstance(model, RemoteBridge)
+
+
+def _fingerprint(model: HookedModel, samples: int = 512) -> str:
+    # 3.9 and 4.x differ in whether a tied or split weight is listed twice, and a bias of zeros at all: hence a set, and
+    # nothing constant in it.
+    digests = set()
+    for weight in model.parameters():
+        flat = weight.detach().flatten()
+        values = flat[:: max(1, flat.numel() // samples)].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        if (values == values[0]).all():
+            continue
+        digests.add(hashlib.sha256(f"{tuple(weight.shape)}".encode() + values.tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+
+
+def _basis(model: HookedModel) -> Basis:
+    # TransformerLens centres all that writes to the stream or nothing, so the embedding tells; the class and the flags
+    # (normalization_type, compatibility_mode) do not agree between 3.9 and 4.x on how to say it.
+    rows = model.W_E[:256].detach().float()
+    return "centred" if bool((rows.mean(-1).abs().max() < 1e-5 * rows.std())) else "raw"
+
+
+def run_blocks(
+    model: HookedModel,
+    tokens: Int[Tensor, "prompt pos"],
+    mask: Int[Tensor, "prompt pos"],
+    hooks: Sequence[Hook],
+    last_layer: int,
+) -> None:
+    """Forward through blocks 0..last_layer with hooks, and no further: the language-model head is never computed.
+
+    A HookedTransformer skips the head with stop_at_layer = n_layers, a bridge does not; there the same exception that
+    implements its stop_at_layer is raised at the last block's output.
+    """
+    hooks = list(hooks)
+    options: dict[str, Any] = {"return_type": None, "attention_mask": mask}
+    if last_layer == model.cfg.n_layers - 1 and _is_bridge(model):
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        def stop(resid: Tensor, hook: Any) -> None:
+            raise StopAtLayerException(resid)
+
+        hooks.append((hook_name(last_layer), stop))
+    else:
+        options["stop_at_layer"] = last_layer + 1
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
+
+
+def embedding_site(model: HookedModel) -> str:
+    """Hook point that shows, before block 0, which token stands where: the ids on a bridge, else their embeddings."""
+    return "embed.hook_in" if "embed.hook_in" in model.hook_dict else "hook_embed"
+
+
+def is_padding(model: HookedModel, embedded: Tensor) -> Tensor:
+    """At `embedding_site`, where the padding token stands: "prompt pos", bool."""
+    pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
+    if embedded.ndim == 2:
+        return torch.zeros_like(embedded, dtype=torch.bool) if pad is None else embedded == pad
+    if pad is None:
+        return torch.zeros(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+    return (embedded == model.W_E[pad].to(embedded)).all(-1)
+
+
+def self_check(model: HookedModel, rtol: float | None = None) -> None:
+    """Refuse a model whose hook points are not what their names say. Two forwards of eight tokens.
+
+    Checked at every layer: resid_pre + attn_out + mlp_out = resid_post (where the architecture has all four; several
+    architectures have had attention outputs that are not the additive contribution), resid_post of l = resid_pre of l+1,
+    and a write at resid_post of l is seen at resid_pre of l+1. `rtol` is relative to the largest entry; its default is 64
+    units of the weights' precision.
+
+    Raises:
+        ValueError: with the first layer and the identity that fails.
+    """
+    cfg = model.cfg
+    weight = next(iter(model.parameters()))
+    rtol = 64 * torch.finfo(weight.dtype).eps if rtol is None else rtol
+    tokens = torch.arange(1, 9, device=weight.device)[None] % cfg.d_vocab
+    sites: list[Site] = ["resid_pre", "attn_out", "mlp_out", "resid_post"]
+    names = [hook_name(layer, site) for layer in range(cfg.n_layers) for site in sites]
+    missing = [name for name in names if "resid" in name and name not in model.hook_dict]
+    if missing:
+        raise ValueError(f"{cfg.model_name}: no hook point {missing[0]}; this architecture is not supported.")
+
+    def forward(writes: float) -> dict[str, Float[Tensor, "pos d_model"]]:
+        seen = {}
+
+        def look(x: Tensor, hook: Any, *, name: str) -> Tensor | None:
+            x = x + writes * x.norm(dim=-1, keepdim=True) if writes and name.endswith("resid_post") else x
+            seen[name] = x[0].detach().float()
+            return x if writes else None
+
+        hooks = [(name, partial(look, name=name)) for name in names if name in model.hook_dict]
+        run_blocks(model, tokens, torch.ones_like(tokens), hooks, cfg.n_layers - 1)
+        return seen
+
+    def expect(left: Tensor, right: Tensor, identity: str) -> None:
+        error = float((left - right).abs().max() / right.abs().max())
+        if not error <= rtol:
+            raise ValueError(
+                f"{cfg.model_name}: expected {identity}, off by {error:.1e} of the largest entry (allowed {rtol:.1e}). The "
+                "hook points of this architecture are not what their names say; it is not supported."
+            )
+
+    for writes in (0.0, 0.1):
+        seen = forward(writes)
+        if absent := [name for name in names if "resid" in name and name not in seen]:
+            raise ValueError(f"{cfg.model_name}: hook point {absent[0]} exists but never fires; not supported.")
+        for layer in range(cfg.n_layers):
+            pre, attn, mlp, post = (seen.get(hook_name(layer, site)) for site in sites)
+            if not writes and attn is not None and mlp is not None:
+                expect(pre + attn + mlp, post, f"resid_pre + attn_out + mlp_out = resid_post at layer {layer}")
+            if layer + 1 < cfg.n_layers:
+                following = seen[hook_name(layer + 1, "resid_pre")]
+                verb = "a write at resid_post" if writes else "resid_post"
+                expect(following, post, f"{verb} of layer {layer} to be resid_pre of layer {layer + 1}")
+
