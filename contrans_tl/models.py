@@ -211,7 +211,7 @@ def _basis(model: HookedModel) -> Basis:
     # TransformerLens centres all that writes to the stream or nothing, so the embedding tells; the class and the flags
     # (normalization_type, compatibility_mode) do not agree between 3.9 and 4.x on how to say it.
     rows = model.W_E[:256].detach().float()
-    return "centred" if bool((rows.mean(-1).abs().max() < 1e-5 * rows.std())) else "raw"
+    return "centred" if bool(rows.mean(-1).abs().max() < 1e-5 * rows.std()) else "raw"
 
 
 def run_blocks(
@@ -309,4 +309,3 @@ def self_check(model: HookedModel, rtol: float | None = None) -> None:
                 following = seen[hook_name(layer + 1, "resid_pre")]
                 verb = "a write at resid_post" if writes else "resid_post"
                 expect(following, post, f"{verb} of layer {layer} to be resid_pre of layer {layer + 1}")
-

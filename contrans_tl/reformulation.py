@@ -458,9 +458,7 @@ class LayerMaps:
         """The maps between these layers only."""
         memo = {key: value for key, value in self._memo.items() if key[1] in (sources if key[0] != "gram" else targets)}
         weights = None if self.weights is None else self.weights[[self.source.layers.index(s) for s in sources]]
-        return replace(
-            self, source=self.source.only(sources), target=self.target.only(targets), weights=weights, _memo=memo
-        )
+        return replace(self, source=self.source.only(sources), target=self.target.only(targets), weights=weights, _memo=memo)
 
     def _check_source(self, concept: ConceptVector) -> None:
         if not concept.model.same_space(self.source.model):
