@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -86,6 +86,10 @@ def collect(
     Raises:
         ValueError: no texts, a layer the model does not have, a model in training mode, a text beyond the context.
     """
+    if rows not in get_args(Rows):
+        raise ValueError(f"expected rows 'last' or 'words'; got {rows!r}.")
+    if isinstance(texts, str):
+        raise ValueError(f"expected a list of texts; got one text, {texts[:40]!r}. Put it in a list.")
     texts = list(texts)
     if not texts:
         raise ValueError("expected at least one text; got none.")
@@ -96,6 +100,8 @@ def collect(
         places = [{-1: len(encoding.ids) - 1} for encoding in encodings]
     else:
         places = [word_ends(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+    if not any(places):
+        raise ValueError("in none of the texts does a token end where a word ends; use rows='last'.")
 
     first_row = torch.tensor([0, *map(len, places)]).cumsum(0).tolist()
     values = _allocate((first_row[-1], len(layers), model.cfg.d_model), file)

@@ -28,7 +28,7 @@ speaks of the concept.
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,8 @@ RIDGES = tuple(10.0**k for k in torch.linspace(-7, 1, 17).tolist())
 the best value a thousandfold."""
 COVERAGE_RIDGE = 1e-3
 """Ridge of coverage and of the concept weights, as a multiple of the mean diagonal of X^T X."""
+TINY = torch.finfo(torch.float64).tiny
+"""Keeps a layer whose rows are all alike from dividing zero by zero: it counts as not predicted at all."""
 LOW_COVERAGE = 0.97
 """Below this a warning is given. On the embedded pair (README) corpora below it carried next to nothing."""
 
@@ -106,31 +108,43 @@ class Decomposition:
     u: Float[Tensor, "row rank"]
     eigenvalues: Float[Tensor, " rank"]
     """S^2, the non-zero eigenvalues of X^T X."""
-    rows: Float[Tensor, "row d_source"]
-    """X itself."""
-    root_weights: Float[Tensor, " row"] | None
-    """q, the unit vector along sqrt(w), where there is a bias."""
+    x: Float[Tensor, "row d_source"]
+    """The rows as given."""
+    weights: Float[Tensor, " row"] | None
+    centre: bool
+
+    @property
+    def rows(self) -> Float[Tensor, "row d_source"]:
+        """X itself, made when asked for: kept for every layer it would take twice the memory of the activations."""
+        return _weighted_centred(self.x, self.weights) if self.centre else self.x.double()
 
     @property
     def scale(self) -> float:
         """The mean eigenvalue, the unit in which ridge strengths are given."""
-        return float(self.eigenvalues.mean())
+        return float(self.eigenvalues.sum()) / _most_rank(self.x)
 
     @property
     def interpolates(self) -> bool:
         """Whether the rows determine every residual: with nothing left outside U, only the ridge keeps a map from
         reproducing its rows exactly."""
-        return len(self.eigenvalues) == len(self.u) - (self.root_weights is not None)
+        return len(self.eigenvalues) == len(self.u) - self.centre
 
-    def dual(self, v: Float[Tensor, "d_source *vector"], ridge: float) -> Float[Tensor, "row *vector"]:
-        """a = U (S^2 + lambda)^-1 U^T X v, lambda absolute, so that W v = Y^T a; equally X (X^T X + lambda I)^-1 v."""
-        seen = self.u.T @ (self.rows @ v)
-        return self.u @ (seen.T / (self.eigenvalues + ridge)).T
+    def dual(self, seen: Float[Tensor, "row ..."], ridge: float) -> Float[Tensor, "row ..."]:
+        """a = U (S^2 + lambda)^-1 U^T X v for `seen` = X v, lambda absolute, so that W v = Y^T a; for X itself, W = Y^T a."""
+        coefficients = self.u.T @ seen
+        return self.u @ (coefficients.T / (self.eigenvalues + ridge)).T
 
-    def coverage(self, v: Float[Tensor, " d_source"], ridge: float) -> float:
-        """v^T X^T X (X^T X + lambda I)^-1 v / |v|^2, lambda absolute."""
-        seen = self.u.T @ (self.rows @ v)
-        return float((seen**2 / (self.eigenvalues + ridge)).sum() / v.square().sum())
+    def outside(self, members: Int[Tensor, "sentence size"], kept: Float[Tensor, " rank"]) -> Float[Tensor, "sentence i j"]:
+        """The diagonal blocks (I - H)_gg of every sentence g, H = q q^T + U (1 - kept) U^T. If the rows interpolate this is
+        U kept U^T, which is right for any multiple of `kept` too and takes no difference of near equals."""
+        u = self.u[members]
+        if self.interpolates:
+            return einsum(u, kept, u, "sentence i rank, rank, sentence j rank -> sentence i j")
+        hat = einsum(u, 1 - kept, u, "sentence i rank, rank, sentence j rank -> sentence i j")
+        if self.centre:
+            q = _unit_weights(self.x, self.weights)[members]
+            hat = hat + einsum(q, q, "sentence i, sentence j -> sentence i j")
+        return torch.eye(members.shape[1], dtype=u.dtype) - hat
 
 
 def decompose(
@@ -141,61 +155,121 @@ def decompose(
     Without centring (the paper's solver) it is a singular value decomposition of X itself: squaring would cost half of the
     digits that a solve without ridge needs. Directions below the precision of the input are dropped.
     """
-    x = x.double()
     if not centre:
-        u, singular, _ = torch.linalg.svd(x, full_matrices=False)
+        u, singular, _ = torch.linalg.svd(x.double(), full_matrices=False)
         kept = singular > singular.max() * max(x.shape) * torch.finfo(torch.float64).eps
-        return Decomposition(u[:, kept], singular[kept] ** 2, x, None)
-    x, root = _weighted_centred(x, weights)
-    rows, d_source = x.shape
-    eigenvalues, vectors = torch.linalg.eigh(x @ x.T if rows <= d_source else x.T @ x)
+        return Decomposition(u[:, kept], singular[kept] ** 2, x, None, centre)
+    rows = _weighted_centred(x, weights)
+    n, d_source = x.shape
+    eigenvalues, vectors = torch.linalg.eigh(rows @ rows.T if n <= d_source else rows.T @ rows)
     kept = eigenvalues > eigenvalues.max() * max(x.shape) * torch.finfo(torch.float64).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    u = vectors if rows <= d_source else x @ (vectors / eigenvalues.sqrt())
-    return Decomposition(u, eigenvalues, x, root)
+    u = vectors if n <= d_source else rows @ (vectors / eigenvalues.sqrt())
+    return Decomposition(u, eigenvalues, x, weights, centre)
 
 
-def _weighted_centred(
-    x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"] | None
-) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"]]:
-    """sqrt(w_i) (x_i - mean_w x), and the unit vector along sqrt(w)."""
+def dual_coefficients(
+    rows: Float[Tensor, "row d_source"], v: Float[Tensor, " d_source"], ridge: float
+) -> Float[Tensor, " row"]:
+    """a = X (X^T X + lambda I)^-1 v = (X X^T + lambda I)^-1 X v, for one lambda > 0: a Cholesky factorisation of the smaller
+    Gram matrix, some twenty times cheaper than the decomposition that serves every lambda."""
+    n, d_source = rows.shape
+    gram = rows @ rows.T if n <= d_source else rows.T @ rows
+    gram.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(gram)
+    if n <= d_source:
+        return torch.cholesky_solve((rows @ v)[:, None], factor)[:, 0]
+    return rows @ torch.cholesky_solve(v[:, None], factor)[:, 0]
+
+
+def _weighted_centred(x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"] | None) -> Float[Tensor, "row d_model"]:
+    """sqrt(w_i) (x_i - mean_w x), in float64."""
+    x = x.double()
     if weights is None:
-        return x - x.mean(0), torch.full((len(x),), len(x) ** -0.5, dtype=x.dtype)
-    weights = weights.to(x)
-    centred = x - (weights @ x) / weights.sum()
-    return weights.sqrt()[:, None] * centred, (weights / weights.sum()).sqrt()
+        return x - x.mean(0)
+    return weights.sqrt()[:, None] * (x - (weights @ x) / weights.sum())
+
+
+def _unit_weights(x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"] | None) -> Float[Tensor, " row"]:
+    """q, the unit vector along sqrt(w)."""
+    return torch.full((len(x),), len(x) ** -0.5).double() if weights is None else (weights / weights.sum()).sqrt()
+
+
+def _most_rank(x: Float[Tensor, "row d_model"]) -> int:
+    """The most directions that centred rows can have."""
+    return min(len(x) - 1, x.shape[1])
 
 
 def leave_one_sentence_out(
-    source: Decomposition, y: Float[Tensor, "row d_target"], ridge: float, sentences: Sequence[Int[Tensor, "sentence size"]]
+    source: Decomposition,
+    y: Float[Tensor, "row d_target"],
+    ridge: float,
+    sentences: Sequence[Int[Tensor, "sentence size"]],
 ) -> Float[Tensor, "row d_target"]:
     """Residuals of every sentence's rows under the map fitted without that sentence. Exact, without refitting.
 
     Args:
-        y: weighted, centred target rows (raw ones for the paper's solver). The result is linear in them.
+        y: weighted, centred target rows (raw ones for the paper's solver). The result is linear in them, and has their dtype.
         ridge: absolute.
         sentences: the rows of each sentence, one tensor for each sentence length (see `group_rows`).
     """
     u = source.u.to(y)
-    seen = u.T @ y
     if source.interpolates:
         # I - H = U g U^T with g = lambda / (S^2 + lambda). Residuals and hat matrix both vanish with lambda, their
         # quotient does not: any multiple of g will do, and one of order 1 loses no digits.
-        g = (1 / (source.eigenvalues + ridge)).to(y)
+        g = 1 / (source.eigenvalues + ridge)
         g = g / g.max()
-        residuals = u @ (g[:, None] * seen)
+        residuals = u @ (g.to(y)[:, None] * (u.T @ y))
     else:
-        g = (ridge / (source.eigenvalues + ridge)).to(y)
-        residuals = y - u @ ((1 - g)[:, None] * seen)
+        g = ridge / (source.eigenvalues + ridge)
+        residuals = y - u @ ((1 - g).to(y)[:, None] * (u.T @ y))
     for members in sentences:
-        left = einsum(u[members], g, u[members], "sentence i rank, rank, sentence j rank -> sentence i j")
-        if not source.interpolates:
-            left = left + torch.eye(members.shape[1]).to(y) - einsum(u[members], u[members], "s i rank, s j rank -> s i j")
-            if source.root_weights is not None:
-                q = source.root_weights.to(y)[members]
-                left = left - einsum(q, q, "sentence i, sentence j -> sentence i j")
-        residuals[members] = torch.linalg.solve(left, residuals[members])
+        outside = source.outside(members, g)
+        if members.shape[1] == 1:
+            residuals[members[:, 0]] /= outside[:, 0].to(y)
+        else:
+            residuals[members] = torch.linalg.inv(outside).to(y) @ residuals[members]
     return residuals
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutSums:
+    """What the held-out error of many target columns needs to know of them, whatever the ridge: with Y = U Z + Y', residuals
+    before the sentence blocks are U g Z + Y', and summed over columns only their products within a sentence count. For rows
+    that outnumber dimensions and targets that outnumber them too, this is the cheap way to scan ridges."""
+
+    source: Decomposition
+    sentences: list[Int[Tensor, "sentence size"]]
+    seen: Float[Tensor, "rank rank"]
+    """Z Z^T."""
+    cross: Float[Tensor, "row rank"]
+    """Y' Z^T."""
+    unseen: list[Float[Tensor, "sentence i j"]]
+    """Y' Y'^T within each sentence."""
+
+    @classmethod
+    def of(
+        cls,
+        source: Decomposition,
+        y: Float[Tensor, "row column"],
+        sentences: list[Int[Tensor, "sentence size"]],
+    ) -> "HeldOutSums":
+        u = source.u.to(y)
+        z = u.T @ y
+        rest = y - u @ z
+        unseen = [einsum(rest[rows], rest[rows], "sentence i c, sentence j c -> sentence i j").double() for rows in sentences]
+        return cls(source, sentences, (z @ z.T).double(), (rest @ z.T).double(), unseen)
+
+    def error(self, ridge: float) -> float:
+        """The squared leave-one-sentence-out residuals, summed over rows and columns; ridge absolute."""
+        u, g = self.source.u, ridge / (self.source.eigenvalues + ridge)
+        half = u @ (g[:, None] * self.seen * g) + 2 * self.cross * g
+        total = 0.0
+        for members, unseen in zip(self.sentences, self.unseen, strict=True):
+            inverse = torch.linalg.inv(self.source.outside(members, g))
+            products = einsum(half[members], u[members], "sentence i rank, sentence j rank -> sentence i j") + unseen
+            total += float((inverse @ inverse * products).sum())
+        return total
 
 
 def group_rows(sentence: Int[Tensor, " row"]) -> list[Int[Tensor, "sentence size"]]:
@@ -223,7 +297,8 @@ class LayerMaps:
     """Ridge strength as a multiple of the mean eigenvalue; None: by leave-one-sentence-out, one for each source layer."""
     weights: Float[Tensor, "source_layer row"] | None = None
     """Row weights, a set for each source layer; None for uniform ones."""
-    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _memo: dict[tuple[str, int | None], Any] = field(default_factory=dict, repr=False)
+    """What has been computed, by kind and layer. Never shared: what derives maps from these hands over what still holds."""
 
     @classmethod
     def fit(
@@ -277,10 +352,10 @@ class LayerMaps:
 
     def decomposition(self, layer: int) -> Decomposition:
         """Of one source layer's rows; computed when first asked for."""
-        return self._once(("decomposition", layer), lambda: self._decompose(layer))
-
-    def _decompose(self, layer: int) -> Decomposition:
-        return decompose(self.source.at(layer), self._weights(layer), centre=self.method != "paper")
+        return self._once(
+            ("decomposition", layer),
+            lambda: decompose(self.source.at(layer), self._weights(layer), centre=self.method != "paper"),
+        )
 
     def ridge(self, layer: int) -> float:
         """Ridge strength of one source layer, as a multiple of its mean eigenvalue."""
@@ -290,55 +365,66 @@ class LayerMaps:
 
     def _choose_ridge(self, layer: int) -> float:
         # One strength serves all target layers, each counted relative to its variance. Coarse first, then around the best.
-        source, sentences = self.decomposition(layer), self._sentences
-        targets = self._targets_alike(layer)
-
-        def error(k: int) -> float:
-            residuals = leave_one_sentence_out(source, targets, RIDGES[k] * source.scale, sentences)
-            return float(residuals.square().sum())
-
+        source, error = self.decomposition(layer), self._held_out_error(layer)
         step = 4
-        errors = {k: error(k) for k in range(0, len(RIDGES), step)}
+        errors = {k: error(RIDGES[k] * source.scale) for k in range(0, len(RIDGES), step)}
         while step > 1:
             step //= 2
             best = min(errors, key=errors.__getitem__)
-            errors |= {k: error(k) for k in (best - step, best + step) if 0 <= k < len(RIDGES)}
+            near = [k for k in (best - step, best + step) if 0 <= k < len(RIDGES)]
+            errors |= {k: error(RIDGES[k] * source.scale) for k in near}
         return RIDGES[min(errors, key=errors.__getitem__)]
 
-    def _targets_alike(self, layer: int) -> Float[Tensor, "row column"]:
-        # Columns whose Gram matrix is the sum of all target layers', each scaled to unit variance; never more than rows.
-        blocks = [y / y.norm() for y in (self._target_rows(t, layer).float() for t in self.target.layers)]
-        if sum(y.shape[1] for y in blocks) <= len(self.source):
-            return torch.cat(blocks, dim=1)
-        eigenvalues, vectors = torch.linalg.eigh(sum(y @ y.T for y in blocks))
+    def _held_out_error(self, layer: int) -> Callable[[float], float]:
+        """Of all target layers together, as a function of the absolute ridge."""
+        source = self.decomposition(layer)
+        if self._narrow:
+            y = self._prepared(self._once(("columns", None), self._columns), layer).float()
+            return lambda ridge: float(leave_one_sentence_out(source, y, ridge, self._sentences).square().sum())
+        rows = [self._prepared(self.target.at(t), layer) for t in self.target.layers]
+        y = torch.cat([y / y.norm().clamp_min(TINY) for y in rows], dim=1)
+        return HeldOutSums.of(source, y, self._sentences).error
+
+    def _columns(self) -> Float[Tensor, "row column"]:
+        # Columns whose products are the sum of all target layers', each scaled to unit variance; never more than rows. They
+        # stand for the targets in the scan of ridges.
+        if sum(self.target.values.shape[1:]) <= len(self.target):
+            rows = [_weighted_centred(self.target.at(t), None) for t in self.target.layers]
+            return torch.cat([y / y.norm().clamp_min(TINY) for y in rows], dim=1)
+        grams = [self._target_gram(t) for t in self.target.layers]
+        eigenvalues, vectors = torch.linalg.eigh(sum(gram / gram.trace().clamp_min(TINY) for gram in grams))
         return vectors * eigenvalues.clamp_min(0).sqrt()
 
     @cached_property
     def r2(self) -> Float[Tensor, "source_layer target_layer"]:
         """Held-out R2 of every pair, leave-one-sentence-out: 1 - residual / total, over all dimensions together."""
-        grid = torch.empty(len(self.source.layers), len(self.target.layers))
-        for i, s in track(enumerate(self.source.layers), "held-out R2", len(self.source.layers)):
-            source, ridge = self.decomposition(s), self.ridge(s)
-            ridge = ridge * source.scale
-            if self._narrow:
-                operator = leave_one_sentence_out(source, torch.eye(len(self.source)), ridge, self._sentences)
-                quadratic = operator.T @ operator
-            for j, t in enumerate(self.target.layers):
-                if self._narrow:
-                    gram = self._target_gram(t, s)
-                    error, total = (quadratic * gram).sum(), gram.trace()
-                else:
-                    y = self._target_rows(t, s).float()
-                    error = leave_one_sentence_out(source, y, ridge, self._sentences).square().sum()
-                    total = y.square().sum()
-                grid[i, j] = 1 - error / total
-        return grid
+        rows = [self._r2_row(s) for s in track(self.source.layers, "held-out R2", len(self.source.layers))]
+        return torch.tensor(rows)
+
+    def _r2_row(self, layer: int) -> list[float]:
+        source = self.decomposition(layer)
+        ridge = self.ridge(layer) * source.scale
+        errors, totals = [], []
+        if self._narrow:
+            # Residuals and weighted, centred rows are linear in the rows as given, R = A Y and C Y: |A Y|^2 = <A^T A, Y Y^T>.
+            whole = self._prepared(torch.eye(len(self.source)), layer).float()
+            left_out = leave_one_sentence_out(source, whole, ridge, self._sentences)
+            error, total = left_out.T @ left_out, whole.T @ whole
+            for gram in map(self._target_gram, self.target.layers):
+                errors.append(float((error * gram).sum()))
+                totals.append(float((total * gram).sum()))
+        else:
+            for t in self.target.layers:
+                y = self._prepared(self.target.at(t), layer)
+                totals.append(float(y.square().sum()))
+                errors.append(float(leave_one_sentence_out(source, y, ridge, self._sentences).square().sum()))
+        return [1 - error / max(total, TINY) for error, total in zip(errors, totals, strict=True)]
 
     @cached_property
     def cka(self) -> Float[Tensor, "source_layer target_layer"]:
         """Linear centred kernel alignment of every pair: |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms."""
-        xs = [_weighted_centred(self.source.at(s).double(), None)[0].float() for s in self.source.layers]
-        ys = [_weighted_centred(self.target.at(t).double(), None)[0].float() for t in self.target.layers]
+        xs = [_weighted_centred(self.source.at(s), None).float() for s in self.source.layers]
+        ys = [_weighted_centred(self.target.at(t), None).float() for t in self.target.layers]
         if self._narrow:
             k, m = (torch.stack([a @ a.T for a in side]) for side in (xs, ys))
             shared = einsum(k, m, "s i j, t i j -> s t")
@@ -360,33 +446,41 @@ class LayerMaps:
     def _weights(self, layer: int) -> Float[Tensor, " row"] | None:
         return None if self.weights is None else self.weights[self.source.layers.index(layer)].double()
 
-    def _target_rows(self, target_layer: int, source_layer: int) -> Float[Tensor, "row d_target"]:
-        y = self.target.at(target_layer).double()
-        return y if self.method == "paper" else _weighted_centred(y, self._weights(source_layer))[0]
+    def _prepared(self, y: Float[Tensor, "row column"], source_layer: int) -> Float[Tensor, "row column"]:
+        """Target rows as this source layer's fit sees them: weighted and centred, but for the paper's solver."""
+        return y.double() if self.method == "paper" else _weighted_centred(y, self._weights(source_layer))
 
-    def _target_gram(self, target_layer: int, source_layer: int) -> Float[Tensor, "row row"]:
-        # The same for every source layer unless rows are weighted.
-        key = ("gram", target_layer, None if self.weights is None else source_layer)
-        y = self._target_rows(target_layer, source_layer).float()
-        return self._once(key, lambda: y @ y.T)
+    def _target_gram(self, layer: int) -> Float[Tensor, "row row"]:
+        # Without weights, whatever the source layer: weights act from outside (see `_r2_row`).
+        y = self.target.at(layer).double() if self.method == "paper" else _weighted_centred(self.target.at(layer), None)
+        return self._once(("gram", layer), lambda: y.float() @ y.float().T)
 
-    def _once(self, key: Any, compute: Any) -> Any:
+    def _once(self, key: tuple[str, int | None], compute: Callable[[], Any]) -> Any:
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
+
+    def _known(self, **layers: Sequence[int]) -> dict[tuple[str, int | None], Any]:
+        """What has been computed already, by kind and layer."""
+        keys = [(kind, layer) for kind, chosen in layers.items() for layer in chosen]
+        return {key: self._memo[key] for key in keys if key in self._memo}
+
+    def _ridges(self, layers: Sequence[int]) -> dict[tuple[str, int | None], Any]:
+        # Chosen here and now, so that maps derived from these have the same ridge whenever they are derived.
+        return {("ridge", s): self.ridge(s) for s in layers}
 
     # --- what it is for ---------------------------------------------------------------------------------------------
 
     def __getitem__(self, layers: tuple[int, int]) -> AffineMap:
         """The affine map of one pair of layers, (source layer, target layer)."""
         s, t = layers
-        source, y = self.decomposition(s), self._target_rows(t, s)
+        source, y = self.decomposition(s), self._prepared(self.target.at(t), s)
         ridge = self.ridge(s)
-        weight = y.T @ (source.u @ ((source.u.T @ source.rows) / (source.eigenvalues + ridge * source.scale)[:, None]))
+        weight = y.T @ source.dual(source.rows, ridge * source.scale)
         if self.method == "paper":
             bias = torch.zeros(len(weight), dtype=torch.float64)
         else:
-            x_mean, y_mean = (self._mean(activations.at(layer), s) for activations, layer in self._ends(s, t))
+            x_mean, y_mean = self._mean(self.source.at(s), s), self._mean(self.target.at(t), s)
             bias = y_mean - weight @ x_mean
         residuals = leave_one_sentence_out(source, y, ridge * source.scale, self._sentences)
         report = FitReport(
@@ -395,12 +489,9 @@ class LayerMaps:
             sentences=len(self.source.sentence.unique()),
             rank=len(source.eigenvalues),
             ridge=ridge,
-            r2=float(1 - residuals.square().sum() / y.square().sum()),
+            r2=float(1 - residuals.square().sum() / y.square().sum().clamp_min(TINY)),
         )
         return AffineMap(weight.float(), bias.float(), report)
-
-    def _ends(self, source_layer: int, target_layer: int) -> tuple[tuple[Activations, int], tuple[Activations, int]]:
-        return (self.source, source_layer), (self.target, target_layer)
 
     def _mean(self, rows: Float[Tensor, "row d_model"], source_layer: int) -> Float[Tensor, " d_model"]:
         weights = self._weights(source_layer)
@@ -410,13 +501,22 @@ class LayerMaps:
         self, vectors: Float[Tensor, "source_layer d_source"], targets: Sequence[int] | None = None
     ) -> Float[Tensor, "source_layer target_layer d_target"]:
         """W v for a vector at every source layer, to every target layer (or those of `targets`), without forming any W."""
-        targets = self.target.layers if targets is None else targets
-        carried = []
-        for s, v in zip(self.source.layers, vectors.double(), strict=True):
-            source = self.decomposition(s)
-            dual = source.dual(v, self.ridge(s) * source.scale)
-            carried.append(torch.stack([self._target_rows(t, s).T @ dual for t in targets]))
-        return torch.stack(carried).float()
+        layers = list(zip(self.source.layers, vectors.double(), strict=True))
+        duals = torch.stack([self._dual(s, v) for s, v in track(layers, "carrying the concept", len(layers))])
+        # The dual coefficients of a centred fit sum to zero over rows: the target's mean need not be taken out.
+        carried = [duals @ self.target.at(t).double() for t in (self.target.layers if targets is None else targets)]
+        return torch.stack(carried, dim=1).float()
+
+    def _dual(self, layer: int, v: Float[Tensor, " d_source"]) -> Float[Tensor, " row"]:
+        """The row coefficients a with W v = Y^T a, Y as given."""
+        ridge, weights = self.ridge(layer), self._weights(layer)
+        if weights is None or ridge == 0:
+            source = self.decomposition(layer)
+            dual = source.dual(source.rows @ v, ridge * source.scale)
+        else:  # the ridge is known: one factorisation will do
+            rows = _weighted_centred(self.source.at(layer), weights)
+            dual = dual_coefficients(rows, v, ridge * float(rows.square().sum()) / _most_rank(rows))
+        return dual if weights is None else weights.sqrt() * dual
 
     def coverage(self, concept: ConceptVector) -> Float[Tensor, " source_layer"]:
         """For every source layer, the share of the concept that the corpus lets a map see, from the source alone.
@@ -425,40 +525,54 @@ class LayerMaps:
         1 - coverage on a logarithmic scale: 0.93 carries nothing, 0.998 nearly all.
         """
         self._check_source(concept)
-        return torch.tensor([self._uniform(s).coverage(concept.at(s).double(), self._floor(s)) for s in self.source.layers])
+        return torch.tensor([self._shown(s, concept.at(s).double())[1] for s in self.source.layers])
 
     def reweighted(self, concept: ConceptVector) -> "LayerMaps":
         """The same maps fitted with each row counted by what it says about the concept: weights s_i^2,
-        s_i = |(x_i - mean)^T (X^T X + lambda I)^-1 v|, of mean one. Source only, no labels."""
+        s_i = |(x_i - mean)^T (X^T X + lambda I)^-1 v|, of mean one, lambda that of coverage. Source only, no labels. The
+        ridge strengths stay.
+
+        Raises:
+            ValueError: the concept lives elsewhere, no row says anything about it, or the paper's solver.
+        """
         self._check_source(concept)
         if self.method == "paper":
             raise ValueError("the paper's solver has no row weights: pass weighting='uniform'.")
-        weights = torch.stack([self._uniform(s).dual(concept.at(s).double(), self._floor(s)) ** 2 for s in self.source.layers])
-        weights = weights / weights.mean(1, keepdim=True)
-        return replace(self, weights=weights.float(), fixed_ridge=None, _memo=self._memo_for_weights())
+        weights = torch.stack([self._shown(s, concept.at(s).double())[0] ** 2 for s in self.source.layers])
+        if not bool((weights.sum(1) > 0).all()):
+            raise ValueError(f"no row says anything about {concept.name!r}: its coverage is 0, no map carries it.")
+        weights = (weights / weights.mean(1, keepdim=True)).float()
+        memo = self._ridges(self.source.layers) | self._known(gram=self.target.layers)
+        return replace(self, weights=weights, fixed_ridge=None, _memo=memo)
 
-    def _memo_for_weights(self) -> dict[Any, Any]:
-        return {("ridge", s): self.ridge(s) for s in self.source.layers}
-
-    def _uniform(self, layer: int) -> Decomposition:
+    def _shown(self, layer: int, v: Float[Tensor, " d_source"]) -> tuple[Float[Tensor, " row"], float]:
+        """How far each row shows the concept, X (X^T X + lambda I)^-1 v without weights, and the concept's coverage."""
         if self.method == "ridge" and self.weights is None:
-            return self.decomposition(layer)
-        return self._once(("uniform", layer), lambda: decompose(self.source.at(layer)))
-
-    def _floor(self, layer: int) -> float:
-        return COVERAGE_RIDGE * float(self._uniform(layer).eigenvalues.sum()) / self.source.values.shape[-1]
+            source = self.decomposition(layer)
+            rows = source.rows
+            floor = COVERAGE_RIDGE * float(source.eigenvalues.sum()) / rows.shape[1]
+            shown = source.dual(rows @ v, floor)
+        else:
+            rows = _weighted_centred(self.source.at(layer), None)
+            shown = dual_coefficients(rows, v, COVERAGE_RIDGE * float(rows.square().sum()) / rows.shape[1])
+        return shown, float((rows @ v) @ shown / v.square().sum().clamp_min(TINY))
 
     def shuffled(self, *, seed: int) -> "LayerMaps":
-        """The null control: the same rows with the target's permuted, so that nothing pairs them. Refitted like any map."""
+        """The null control: the same rows, weights and ridge strengths with the target's rows permuted, so that nothing pairs
+        them, and fitted again."""
         order = torch.randperm(len(self.target), generator=torch.Generator().manual_seed(seed))
-        memo = {key: value for key, value in self._memo.items() if key[0] in ("decomposition", "uniform", "ridge")}
+        memo = self._ridges(self.source.layers) | self._known(decomposition=self.source.layers)
         return replace(self, target=replace(self.target, values=self.target.values[order]), _memo=memo)
 
     def only(self, sources: Sequence[int], targets: Sequence[int]) -> "LayerMaps":
-        """The maps between these layers only."""
-        memo = {key: value for key, value in self._memo.items() if key[1] in (sources if key[0] != "gram" else targets)}
+        """The maps between these layers only, and no others: the ridge strengths are those of all layers."""
+        sources, targets = tuple(sources), tuple(targets)
+        source, target = self.source.only(sources), self.target.only(targets)
+        if (source, target) == (self.source, self.target):
+            return self
         weights = None if self.weights is None else self.weights[[self.source.layers.index(s) for s in sources]]
-        return replace(self, source=self.source.only(sources), target=self.target.only(targets), weights=weights, _memo=memo)
+        memo = self._ridges(sources) | self._known(decomposition=sources, gram=targets)
+        return replace(self, source=source, target=target, weights=weights, _memo=memo)
 
     def _check_source(self, concept: ConceptVector) -> None:
         if not concept.model.same_space(self.source.model):

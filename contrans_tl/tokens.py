@@ -67,8 +67,11 @@ def encode(
                 f"a text of {len(ids) + len(bos)} tokens does not fit the context of {model.cfg.model_name} "
                 f"({model.cfg.n_ctx}): {text[:60]!r}... Shorten it."
             )
-        ends = (0,) * len(bos) + tuple(end for _, end in offsets[:room])
-        encodings.append(Encoding((*bos, *ids[:room]), ends))
+        kept = min(room, len(ids))
+        while 0 < kept < len(ids) and offsets[kept - 1][1] == offsets[kept][1]:
+            kept -= 1  # the cut would split a character of several byte tokens, which all end where it ends
+        ends = (0,) * len(bos) + tuple(end for _, end in offsets[:kept])
+        encodings.append(Encoding((*bos, *ids[:kept]), ends))
     return encodings
 
 
@@ -96,6 +99,8 @@ def word_ends(text: str, encoding: Encoding) -> dict[int, int]:
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of similar length, longest first, so that running out of memory happens at once or never."""
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1; got {batch_size}.")
     order = iter(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
     return list(_chunks(order, batch_size))
 
