@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -23,8 +24,9 @@ _KEY = "contrans_tl"
 def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write tensors and header under this kind; the path written."""
     about = {"format": FORMAT, "kind": kind, "versions": versions(), **header}
-    content = to_bytes({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, {_KEY: json.dumps(about)})
-    return write_atomically(path, content)
+    # Copies, as safetensors refuses tensors that share memory: two views of one, or one model as source and target.
+    copies = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    return write_atomically(path, to_bytes(copies, {_KEY: json.dumps(about)}))
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -43,7 +45,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is truncated or not a safetensors file ({error}); save it again.") from error
-    if about is None:
+    if not isinstance(about, dict) or not {"format", "kind"} <= set(about):
         raise ValueError(f"{str(path)!r} was not written by contrans_tl: its header says nothing about model and layers.")
     if about["format"] > FORMAT:
         raise ValueError(f"{str(path)!r} has format {about['format']}; this version reads up to {FORMAT}. Update contrans_tl.")

@@ -54,6 +54,8 @@ class ContrastPairs:
         for side in ("positive", "negative"):
             if not getattr(self, side):
                 raise ValueError(f"{self.name}: expected {side} prompts; got none. A concept needs both sides.")
+            if not all(prompt.strip() for prompt in getattr(self, side)):
+                raise ValueError(f"{self.name}: a {side} prompt is empty; a concept is read off the last token of each.")
         if self.metric not in get_args(Metric):
             raise ValueError(f"{self.name}: expected metric {' or '.join(get_args(Metric))}; got {self.metric!r}.")
         splits = {
@@ -61,7 +63,7 @@ class ContrastPairs:
             "select": [question.prompt for question in self.select],
             "test": [question.prompt for question in self.test],
         }
-        seen = Counter(prompt for prompts in splits.values() for prompt in {" ".join(p.lower().split()) for p in prompts})
+        seen = Counter(prompt for prompts in splits.values() for prompt in set(map(normalised, prompts)))
         if repeated := [prompt for prompt, times in seen.items() if times > 1]:
             raise ValueError(
                 f"{self.name}: {len(repeated)} prompts occur in more than one of refine, select and test, for example "
@@ -116,13 +118,18 @@ def read_sentences(path: str | os.PathLike[str]) -> list[str]:
             raise ValueError(f"{path}: expected a JSON list of sentences; got {_describe(rows)}.")
         sentences = [_text_of(path, row) for row in rows]
     elif path.suffix == ".csv":
-        sentences = [_text_of(path, row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+        sentences = [_text_of(path, row) for row in _read_table(path, text)]
     else:
-        sentences = text.splitlines()
+        sentences = text.split("\n")
     sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
     if not sentences:
         raise ValueError(f"{path}: expected sentences; the file has none.")
     return sentences
+
+
+def normalised(text: str) -> str:
+    """The text in lower case with single spaces: what it takes to tell that two prompts are the same."""
+    return " ".join(text.lower().split())
 
 
 def cut_short(sentences: Sequence[str], *, seed: int = 42) -> list[str]:
@@ -143,20 +150,35 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}.")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text; byte {error.start} is none. Convert it: iconv -t UTF-8.") from error
+    if "\0" in text:  # UTF-16 of plain English is valid UTF-8, with a NUL beside every letter
+        raise ValueError(f"{path}: expected UTF-8 text; got NUL characters, as in UTF-16. Convert it: iconv -t UTF-8.")
+    return text
 
 
 def _parse_json(path: Path, text: str, *, lines: bool) -> Any:
+    # Not splitlines: a JSON string may hold the other separators of Unicode as they are.
+    parts = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    parsed = []
+    for place, part in parts if lines else [(str(path), text)]:
+        try:
+            parsed.append(json.loads(part))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{place}: not valid JSON ({error}).") from error
+    return parsed if lines else parsed[0]
+
+
+def _read_table(path: Path, text: str) -> list[dict[str, str]]:
     try:
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{path}: not valid CSV ({error}).") from error
 
 
 def _pairs_from_table(path: Path, text: str) -> dict[str, list[str]]:
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    rows = _read_table(path, text)
     if not rows or not {"statement", "label"} <= set(rows[0]):
         raise ValueError(f"{path}: expected CSV with the columns statement,label; got {list(rows[0]) if rows else 'no rows'}.")
     if unknown := {row["label"] for row in rows} - {"0", "1"}:
@@ -182,12 +204,16 @@ def _pairs_from_rows(path: Path, rows: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 def _questions(path: Path, content: Mapping[str, Any], split: str) -> tuple[Question, ...]:
+    items = content.get(split, [])
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: expected {split} to be a list of questions; got {_describe(items)}.")
     questions = []
-    for number, item in enumerate(content.get(split, ())):
+    for number, item in enumerate(items):
         try:
-            question = Question(item["prompt"], tuple(item["options"]), item["answer"], item.get("group", ""))
-            if not _is_texts([question.prompt, *question.options]) or not 0 <= question.answer < len(question.options):
+            prompt, options, answer, group = item["prompt"], item["options"], item["answer"], item.get("group", "")
+            if not _is_texts([prompt, group]) or not _is_texts(options) or answer not in range(len(options)):
                 raise TypeError
+            question = Question(prompt, tuple(options), answer, group)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}: {split}[{number}] is no question {{"prompt", "options": [texts], "answer": index}}: {_describe(item)}.'

@@ -37,7 +37,7 @@ from contrans_tl.reformulation import LayerMaps, reformulate
 from contrans_tl.tokens import by_length, encode, pad
 from contrans_tl.transplantation import transplant
 
-STRENGTHS = (1.0, 2.0, 3.0, 4.0, 6.0)
+STRENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0)
 BUDGET = 0.5
 """Nats per token that the transplant may cost on neutral text."""
 RESAMPLES = 2000
@@ -67,7 +67,8 @@ class Choice:
     layer_target: int
     strength: float
     sweep: tuple[dict[str, float], ...]
-    """Every setting tried: layers, strength, effect on the select split and, where measured, the neutral-loss increase."""
+    """Every setting tried: layers, strength, and either `screened`, the effect on half of the select split, or `effect` on all of
+    it and `loss_increase`."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,9 @@ def answer_questions(
         scores = iter(_option_logprobs(model, questions, batch_size))
         return {"mc1": np.array([float(int(np.argmax([next(scores) for _ in q.options])) == q.answer) for q in questions])}
     firsts = [[option[0] for option in q.options] for q in questions]
-    if clash := next((i for i, first in enumerate(firsts) if len(set(first)) < len(first)), None):
+    if clashes := [i for i, first in enumerate(firsts) if len(set(first)) < len(first)]:
         raise ValueError(
-            f"two options of question {clash} begin with the same token in {model.cfg.model_name}, so the next token cannot "
+            f"two options of question {clashes[0]} begin with the same token in {model.cfg.model_name}, so the next token cannot "
             'tell them apart; set "metric": "mc1".'
         )
     logits = _next_token_logits(model, [q.prompt for q in questions], batch_size)
@@ -187,9 +188,7 @@ def text_losses(
     return losses, counts
 
 
-def _next_token_logits(
-    model: HookedModel, prompts: Sequence[Sequence[int]], batch_size: int
-) -> Float[Tensor, "prompt vocab"]:
+def _next_token_logits(model: HookedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> Float[Tensor, "prompt vocab"]:
     rows: list[Tensor] = [torch.empty(0)] * len(prompts)
     for batch in by_length([len(ids) for ids in prompts], batch_size):
         tokens, mask = pad([prompts[i] for i in batch], _device(model))
@@ -283,7 +282,7 @@ def choose(
 ) -> Choice:
     """Layers and strength with the largest effect on the select split within the neutral-loss budget.
 
-    All layer pairs are tried at the middle strength, the best `keep` of them at all strengths. Equal effects: the one that
+    All layer pairs are tried at the middle strength on every other question, the best `keep` of them at all strengths on all. Equal effects: the one that
     costs less on neutral text. If nothing is within the budget, the setting that costs least.
 
     Args:
@@ -293,31 +292,33 @@ def choose(
     questions = read_questions(target, pairs.select)
     losses, counts = text_losses(target, neutral)
 
-    def effect(layers: tuple[int, int], strength: float) -> float:
+    def effect(layers: tuple[int, int], strength: float, step: int = 1) -> float:
         with transplant(target, candidates[layers], strength=strength):
-            return float(answer_questions(target, questions, pairs.metric)[pairs.metric].mean())
+            return float(answer_questions(target, questions[::step], pairs.metric)[pairs.metric].mean())
 
     def cost(layers: tuple[int, int], strength: float) -> float:
         with transplant(target, candidates[layers], strength=strength):
             return float((text_losses(target, neutral)[0] - losses).sum() / counts.sum())
 
     middle = sorted(strengths)[len(strengths) // 2]
-    effects = {(layers, middle): effect(layers, middle) for layers in candidates}
-    best = sorted(candidates, key=lambda layers: -effects[layers, middle])[:keep]
-    effects |= {(layers, strength): effect(layers, strength) for layers in best for strength in strengths if strength != middle}
-    costs = {setting: cost(*setting) for setting in effects if setting[0] in best}
+    screened = {layers: effect(layers, middle, step=2) for layers in candidates}
+    best = sorted(candidates, key=lambda layers: -screened[layers])[:keep]
+    settings = [(layers, strength) for layers in best for strength in strengths]
+    effects = {setting: effect(*setting) for setting in settings}
+    costs = {setting: cost(*setting) for setting in settings}
     affordable = {setting for setting, loss in costs.items() if loss <= budget}
     if affordable:
         chosen = min(affordable, key=lambda setting: (-effects[setting], costs[setting]))
     else:
         chosen = min(costs, key=costs.__getitem__)
     (layer_source, layer_target), strength = chosen
-    sweep = tuple(
-        {"layer_source": s, "layer_target": t, "strength": strength, "effect": value}
-        | ({"loss_increase": costs[(s, t), strength]} if ((s, t), strength) in costs else {})
-        for ((s, t), strength), value in effects.items()
-    )
-    return Choice(layer_source, layer_target, strength, sweep)
+    sweep = [
+        {"layer_source": s, "layer_target": t, "strength": middle, "screened": value} for (s, t), value in screened.items()
+    ] + [
+        {"layer_source": s, "layer_target": t, "strength": x, "effect": effects[(s, t), x], "loss_increase": costs[(s, t), x]}
+        for (s, t), x in settings
+    ]
+    return Choice(layer_source, layer_target, strength, tuple(sweep))
 
 
 def random_like(concept: ConceptVector, n: int, *, seed: int) -> list[ConceptVector]:
@@ -350,7 +351,7 @@ def evaluate(
         other: another concept of the source, for the `other_concept` arm.
         other_maps: further maps, such as the paper's or those of another corpus; each is an arm of its name. A `paper` map's
             vector is injected as it comes, all others with the norm of the transplanted one.
-        n_random: vectors in each of the random arms.
+        n_random: vectors in the `random` arm; a third as many in `random_source`.
 
     Raises:
         ValueError: no select or test questions, fewer than two neutral texts, or a concept of another model than the maps'.
@@ -379,7 +380,9 @@ def evaluate(
         "native": [native],
         "shuffled_map": [through(here.shuffled(seed=seed).reweighted(concept)).matched_to(moved)],
         "random": random_like(moved, n_random, seed=seed),
-        "random_source": [through(weighted, v).matched_to(moved) for v in random_like(concept, n_random, seed=seed)],
+        "random_source": [
+            through(weighted, v).matched_to(moved) for v in random_like(concept, max(2, n_random // 3), seed=seed)
+        ],
         "sign_flipped": [-moved],
     }
     if other is not None:
@@ -413,7 +416,7 @@ def evaluate(
         layer_target=t,
         strength=choice.strength,
         coverage=float(here.coverage(concept)[0]),
-        r2=float(maps.r2[maps.source.layers.index(s), maps.target.layers.index(t)]),
+        r2=float(here.r2),
         arms={name: measure(vectors) for name, vectors in arms.items()},
         geometry={
             name: {

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 PATIENCE = 2.0
@@ -10,20 +10,27 @@ PATIENCE = 2.0
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield the items; show a rich progress bar on stderr once they have taken more than a couple of seconds."""
+    """Yield the items; show a rich progress bar once they have taken more than a couple of seconds, where there is a terminal
+    or a notebook to show it in."""
     start, bar, task = time.monotonic(), None, None
     try:
         for done, item in enumerate(items, start=1):
             yield item
             if bar is None and done < total and time.monotonic() - start > PATIENCE:
-                from rich.console import Console
-                from rich.progress import Progress
-
-                bar = Progress(console=Console(stderr=True), transient=True)
-                task = bar.add_task(description, total=total)
-                bar.start()
-            if bar is not None and task is not None:
+                bar, task = _bar(description, total)
+            if bar is not None:
                 bar.update(task, completed=done)
     finally:
         if bar is not None:
             bar.stop()
+
+
+def _bar(description: str, total: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+    task = bar.add_task(description, total=total)
+    bar.start()
+    return bar, task

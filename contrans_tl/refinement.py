@@ -29,7 +29,8 @@ from contrans_tl.data import ContrastPairs
 from contrans_tl.models import HookedModel, ModelId
 
 Method = Literal["mean", "pca", "logistic"]
-Matrix = Float[Tensor, "row layer d_model"]
+Positive = Float[Tensor, "positive layer d_model"]
+Negative = Float[Tensor, "negative layer d_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ class ConceptVector:
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.vectors):
             raise ValueError(f"expected one vector a layer; got {len(self.vectors)} vectors for layers {self.layers}.")
+        if self.vectors.shape[-1] != self.model.d_model:
+            raise ValueError(f"expected vectors of d_model = {self.model.d_model}; got width {self.vectors.shape[-1]}.")
         if not bool(torch.isfinite(self.vectors).all()):
             raise ValueError(f"the vectors of {self.name!r} hold NaN or infinity; the activations behind them must have too.")
 
@@ -158,19 +161,23 @@ def refine(
     )
 
 
-def mean_difference(positive: Matrix, negative: Matrix) -> Float[Tensor, "layer d_model"]:
+def mean_difference(positive: Positive, negative: Negative) -> Float[Tensor, "layer d_model"]:
     """Eq. 1."""
     return positive.mean(0) - negative.mean(0)
 
 
-def first_component(positive: Matrix, negative: Matrix) -> Float[Tensor, "layer d_model"]:
+def first_component(
+    positive: Float[Tensor, "pair layer d_model"], negative: Float[Tensor, "pair layer d_model"]
+) -> Float[Tensor, "layer d_model"]:
     """First right singular direction of the differences, about zero rather than about their mean."""
     differences = (positive - negative).transpose(0, 1)
     directions = torch.linalg.svd(differences, full_matrices=False).Vh[:, 0]
     return _scaled_to_mean(directions, mean_difference(positive, negative))
 
 
-def logistic_direction(positive: Matrix, negative: Matrix, penalty: float = 1e-2) -> Float[Tensor, "layer d_model"]:
+def logistic_direction(
+    positive: Positive, negative: Negative, penalty: float = 1e-2
+) -> Float[Tensor, "layer d_model"]:
     """Normal of the plane that an L2-regularised logistic regression puts between the two sides, layer by layer.
 
     Features are centred and scaled by one number a layer; `penalty` multiplies |w|^2 / 2 beside the mean log loss. Newton's

@@ -8,11 +8,13 @@
 `injection_hooks` gives the same thing as plain data, (hook name, function) pairs for run_with_hooks or run_with_cache, to be
 mixed with hooks of your own. Hooks add up: several concepts, or nested `transplant`s, sum in the stream.
 
-Which tokens are steered is told by what enters the model, not by positions within a chunk, so that generation with and
-without key-value cache, batched or single, gives the same. It is not told across a cache of your own: a pass of one token
-after an earlier pass counts as its continuation.
+Which tokens are steered is told by what enters the model and what it attends to, not by positions within a chunk, so that
+generation with and without key-value cache, batched or single, gives the same. A pass that continues a cache is generated
+text, and so is the last token of a pass that repeats the pass before it with one token more: that is how a model generates
+without a cache. (To steer two such prompts one after the other, open two `transplant`s.)
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +25,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from contrans_tl.models import Hook, HookedModel, check_ready, embedding_site, hook_name, identify, is_padding
+from contrans_tl.models import (
+    Hook,
+    HookedModel,
+    attention_site,
+    check_ready,
+    embedding_site,
+    hook_name,
+    identify,
+    is_padding,
+)
 from contrans_tl.refinement import ConceptVector
 
 Positions = Literal["all", "prompt", "generated", "last"]
@@ -37,7 +48,8 @@ class Injection:
     vector: Float[Tensor, " d_model"]
     """Strength included."""
     positions: Positions = "all"
-    """`all` tokens (the paper's), those of the `prompt`, the `generated` ones, or the `last` real token of the prompt."""
+    """`all` tokens (the paper's), those of the `prompt`, the `generated` ones, or the `last` real token of the prompt (padding
+    is what ends in padding tokens: a prompt that ends in one of its own counts without it)."""
 
 
 def injections(
@@ -55,6 +67,8 @@ def injections(
     """
     concepts = [concepts] if isinstance(concepts, ConceptVector) else list(concepts)
     strengths = [strength] * len(concepts) if isinstance(strength, (int, float)) else list(strength)
+    if not all(map(math.isfinite, strengths)):
+        raise ValueError(f"expected a finite strength; got {strengths}.")
     if not concepts or len(strengths) != len(concepts):
         raise ValueError(f"expected one strength or one for each concept; got {len(strengths)} for {len(concepts)} concepts.")
     if positions not in get_args(Positions):
@@ -84,7 +98,9 @@ def injection_hooks(model: HookedModel, steps: Sequence[Injection]) -> list[Hook
     hooks: list[Hook] = []
     if any(step.positions != "all" for step in steps):
         passes = _Passes(model)
-        hooks.append((embedding_site(model), passes.see))
+        hooks.append((embedding_site(model), passes.enter))
+        if site := attention_site(model):
+            hooks.append((site, passes.attend))
     for step in steps:
         name = hook_name(step.layer)
         if name not in model.hook_dict:
@@ -148,18 +164,38 @@ def add_where(resid: Tensor, hook: Any, *, vector: Tensor, passes: "_Passes", po
 
 @dataclass(eq=False)
 class _Passes:
-    """Which tokens of the current pass belong to the prompt, seen where tokens enter the model."""
+    """Which tokens of the current pass belong to the prompt, seen where tokens enter the model and first attend."""
 
     model: HookedModel
-    _entered: Tensor | None = None
+    _entering: Tensor | None = None
+    _cached: bool | None = None
+    """Whether this pass continues a key-value cache; None where no attention pattern has told."""
+    _before: Tensor | None = None
+    """What entered in the pass before, where that was a whole sequence."""
     _prompt: int = 0
     """Positions of this pass that are prompt."""
     _masks: dict[Positions, Tensor] = field(default_factory=dict)
 
-    def see(self, entering: Tensor, hook: Any) -> None:
-        length, before = entering.shape[1], self._entered
-        if before is not None and length == 1:
-            self._prompt = 0  # one token more, the rest is in the key-value cache
+    def enter(self, entering: Tensor, hook: Any) -> None:
+        self._entering, self._cached, self._masks = entering.detach(), None, {}
+
+    def attend(self, pattern: Tensor, hook: Any) -> None:
+        self._cached = pattern.shape[-1] > pattern.shape[-2]
+
+    def where(self, positions: Positions) -> Tensor:
+        if not self._masks:
+            self._tell_apart()
+        return self._masks[positions]
+
+    def _tell_apart(self) -> None:
+        entering, before = self._entering, self._before
+        if entering is None:
+            raise ValueError("only positions='all' can be injected into a pass that starts at a later layer.")
+        length = entering.shape[1]
+        # Where no attention pattern tells, a single token after any pass counts as its continuation.
+        cached = self._cached if self._cached is not None else before is not None and length == 1
+        if cached:
+            self._prompt = 0
         elif not (
             before is not None
             and length == before.shape[1] + 1
@@ -167,7 +203,7 @@ class _Passes:
             and torch.equal(entering[:, :-1], before)
         ):
             self._prompt = length  # not the previous pass with one more token: a new prompt
-        self._entered = entering.detach()
+        self._before = None if self._cached else entering
         position = torch.arange(length, device=entering.device).expand(entering.shape[:2])
         in_prompt = position < self._prompt
         # As in TransformerLens's get_attention_mask: padding is the run of padding tokens at the end, so that a padding
@@ -175,6 +211,3 @@ class _Passes:
         real = in_prompt & ~is_padding(self.model, entering)
         last = (real * position).amax(1, keepdim=True)
         self._masks = {"prompt": in_prompt, "generated": ~in_prompt, "last": in_prompt & (position == last)}
-
-    def where(self, positions: Positions) -> Tensor:
-        return self._masks[positions]

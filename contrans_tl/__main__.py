@@ -1,0 +1,227 @@
+"""The command line: `contrans demo`, `contrans run`, and the steps one by one."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Only what is light is imported here, so that `contrans --help` answers at once; each command imports what it needs.
+app = typer.Typer(
+    help="Carry concepts between language models, with the controls that make it believable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Out = Annotated[Path, typer.Option("--out", help="Folder for the report and the safetensors.")]
+Pairs = Annotated[Path, typer.Option("--pairs", help="Contrast pairs: JSON, JSONL or CSV.")]
+Sentences = Annotated[Path, typer.Option("--sentences", help="Fit corpus: plain text, JSON, JSONL or CSV.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the accelerator if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Layer = Annotated[int | None, typer.Option(help="Layer to use, counted from 0.")]
+
+
+@app.command()
+def demo(out: Out = Path("contrans-demo"), models: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
+    """Six emotions and honesty from a small aligned model into two larger ones, with all controls. Offline, about a minute."""
+    _quiet()
+    from contrans_tl.demo import run_demo
+    from contrans_tl.experiment import save_experiment
+
+    _finish(run_demo(models), out, save_experiment)
+
+
+@app.command()
+def run(
+    source: Annotated[str, typer.Argument(help="Hub id or folder of the aligned source.")],
+    target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")],
+    pairs: Annotated[list[Path], typer.Option("--pairs", help="Contrast pairs with select and test questions; repeatable.")],
+    sentences: Sentences,
+    neutral: Annotated[
+        Path | None, typer.Option(help="Text to measure losses on; default: the last tenth of --sentences, kept from the fit.")
+    ] = None,
+    out: Out = Path("contrans-run"),
+    device: Device = None,
+    dtype: Dtype = "float32",
+    budget: Annotated[float, typer.Option(help="Neutral-text loss a transplant may cost, nats per token.")] = 0.5,
+    random_vectors: Annotated[int, typer.Option(min=1, help="Vectors in the random arms.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: int = 0,
+) -> None:
+    """Refine, fit, choose layers and strength, transplant, evaluate beside all controls; leave a report."""
+    _quiet()
+    from contrans_tl.data import ContrastPairs, read_sentences
+    from contrans_tl.models import check_model_name
+
+    concepts = [ContrastPairs.load(path) for path in pairs]
+    if missing := [concept.name for concept in concepts if not (concept.select and concept.test)]:
+        raise ValueError(
+            f"{', '.join(missing)}: `contrans run` needs select and test questions to choose and to report on; without them "
+            "use `contrans refine`, `fit`, `reformulate` and `generate`."
+        )
+    corpus = read_sentences(sentences)
+    if neutral is None:
+        held_out = max(2, len(corpus) // 10)
+        corpus, texts = corpus[:-held_out], corpus[-held_out:]
+    else:
+        texts = read_sentences(neutral)
+    for name in (source, target):
+        check_model_name(name)
+
+    from contrans_tl.experiment import check_disjoint, run_experiment, save_experiment
+
+    check_disjoint(concepts, {str(sentences): corpus, str(neutral or sentences): texts})
+    models = {name: _load(name, device, dtype) for name in dict.fromkeys((source, target))}
+    experiment = run_experiment(
+        models[source],
+        {Path(target).name: models[target]},
+        concepts,
+        corpus,
+        texts,
+        budget=budget,
+        n_random=random_vectors,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    _finish(experiment, out, save_experiment)
+
+
+@app.command()
+def refine(
+    model: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    pairs: Pairs,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("concept.safetensors"),
+    method: Annotated[str, typer.Option(help="mean, pca or logistic.")] = "mean",
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """A concept's vector at every layer of a model."""
+    _quiet()
+    from contrans_tl import ContrastPairs
+    from contrans_tl import refine as refine_concept
+
+    contrast = ContrastPairs.load(pairs)
+    concept = refine_concept(_load(model, device, dtype), contrast, method=method)  # type: ignore[arg-type]
+    typer.echo(f"{concept}\n{concept.save(out)}")
+
+
+@app.command()
+def fit(
+    source: str,
+    target: str,
+    sentences: Sentences,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("maps.safetensors"),
+    rows: Annotated[str, typer.Option(help="words, or last as in the paper.")] = "words",
+    method: Annotated[str, typer.Option(help="ridge, or paper.")] = "ridge",
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Affine maps from every layer of one model to every layer of another."""
+    _quiet()
+    from contrans_tl import fit_maps, read_sentences
+
+    corpus = read_sentences(sentences)
+    models = [_load(name, device, dtype) for name in (source, target)]
+    maps = fit_maps(*models, corpus, rows=rows, method=method)  # type: ignore[arg-type]
+    typer.echo(f"{maps}\nheld-out R2\n{maps.r2.numpy().round(3)}\n{maps.save(out)}")
+
+
+@app.command()
+def reformulate(
+    concept: Annotated[Path, typer.Argument(help="What `refine` wrote.")],
+    maps: Annotated[Path, typer.Argument(help="What `fit` wrote.")],
+    layers: Annotated[str, typer.Option(help="source:target, as in 9:18.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("moved.safetensors"),
+    weighting: Annotated[str, typer.Option(help="concept, or uniform as in the paper.")] = "concept",
+) -> None:
+    """Carry a concept into the target's residual stream."""
+    from contrans_tl import ConceptVector, LayerMaps
+    from contrans_tl import reformulate as carry
+
+    try:
+        s, t = map(int, layers.split(":"))
+    except ValueError:
+        raise ValueError(f"expected --layers source:target, as in 9:18; got {layers!r}.") from None
+    vector, fitted = ConceptVector.load(concept), LayerMaps.load(maps)
+    moved = carry(vector, fitted, layers={s: t}, weighting=weighting)  # type: ignore[arg-type]
+    typer.echo(f"{moved}\ncoverage {moved.provenance['coverage'][0]:.4f}\n{moved.save(out)}")
+
+
+@app.command()
+def generate(
+    model: str,
+    concept: Annotated[Path, typer.Argument(help="What `refine` or `reformulate` wrote.")],
+    prompt: str,
+    strength: float = 1.0,
+    layer: Layer = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Generate greedily with a concept transplanted."""
+    _quiet()
+    from contrans_tl import ConceptVector, transplant
+
+    vector = ConceptVector.load(concept)
+    target = _load(model, device, dtype)
+    with transplant(target, vector, strength=strength, layers=None if layer is None else [layer]):
+        typer.echo(target.generate(prompt, max_new_tokens=tokens, do_sample=False, verbose=False))
+
+
+def _finish(experiment: Any, out: Path, save_experiment: Any) -> None:
+    from rich.console import Console
+
+    from contrans_tl.report import tables
+
+    save_experiment(experiment, out)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in tables(experiment):
+        console.print(table)
+    for row in experiment.reports.values():
+        for report in row.values():
+            console.print(f"- {report.verdict}", highlight=False, markup=False)
+    console.print(f"{out / 'report.html'}  ({experiment.about['seconds']} s)", highlight=False, markup=False)
+
+
+def _load(name: str, device: str | None, dtype: str) -> Any:
+    import torch
+
+    from contrans_tl import load_model
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in types:
+        raise ValueError(f"expected dtype {', '.join(types)}; got {dtype!r}.")
+    return load_model(name, device=device, dtype=types[dtype])
+
+
+def _quiet() -> None:
+    # Progress bars of model loading say nothing here; ours appear when something takes long.
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; 0, or 2 with one line on stderr for input that cannot work."""
+    try:
+        app(arguments, standalone_mode=False)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"contrans: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:  # click's own usage errors
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"contrans: {error.format_message()}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Experiment: the whole job - refine, fit, choose, transplant, evaluate - for some concepts and some targets.
+
+    experiment = run_experiment(source, {"big": target}, [pairs], sentences, neutral)
+    experiment.reports["big"]["happiness"].verdict
+    save_experiment(experiment, "out")          # report.json, report.html, *.safetensors
+
+It is what `contrans demo` and `contrans run` do. Each step is a public function of its own module.
+"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from contrans_tl.activations import Activations, collect
+from contrans_tl.artifacts import versions
+from contrans_tl.data import ContrastPairs, cut_short, normalised
+from contrans_tl.evaluation import BUDGET, STRENGTHS, TransferReport, evaluate
+from contrans_tl.models import HookedModel, identify
+from contrans_tl.refinement import ConceptVector, refine
+from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """One concept in one target: what was measured, and the vector and the map that did it."""
+
+    report: TransferReport
+    moved: ConceptVector
+    map: AffineMap
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """Everything an experiment found and made."""
+
+    concepts: dict[str, ConceptVector]
+    """As refined in the source."""
+    transfers: dict[str, dict[str, Transfer]]
+    """Target -> concept -> transfer."""
+    about: dict[str, Any]
+    """Seeds, versions, models, seconds, sizes."""
+
+    @property
+    def reports(self) -> dict[str, dict[str, TransferReport]]:
+        """Target -> concept -> report."""
+        return {target: {name: t.report for name, t in row.items()} for target, row in self.transfers.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What report.json holds."""
+        targets = {target: {name: report.to_dict() for name, report in row.items()} for target, row in self.reports.items()}
+        return {"targets": targets, **self.about}
+
+
+def check_disjoint(concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]]) -> None:
+    """ValueError if a corpus contains a prompt that a concept is refined, chosen or tested on, whatever case and spacing.
+
+    A map fitted on the prompts that it is tested on would prove nothing about other text.
+    """
+    for corpus, texts in corpora.items():
+        text = "\n".join(normalised(sentence) for sentence in texts)
+        for pairs in concepts:
+            prompts = [*pairs.positive, *pairs.negative, *(question.prompt for question in (*pairs.select, *pairs.test))]
+            found = [prompt for prompt in prompts if normalised(prompt) in text]
+            if found:
+                raise ValueError(
+                    f"{len(found)} prompts of {pairs.name} occur in {corpus}, for example {found[0]!r}; take them out of one."
+                )
+
+
+def run_experiment(
+    source: HookedModel,
+    targets: Mapping[str, HookedModel],
+    concepts: Sequence[ContrastPairs],
+    sentences: Sequence[str],
+    neutral: Sequence[str],
+    *,
+    unrelated: Sequence[str] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    budget: float = BUDGET,
+    n_random: int = 10,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Experiment:
+    """Carry every concept into every target and evaluate it beside its controls.
+
+    The source runs once over each corpus, whatever the number of targets. On a CPU the targets are evaluated side by side.
+
+    Args:
+        sentences: the fit corpus.
+        neutral: texts that no map is fitted on, for the cost of a transplant.
+        unrelated: a corpus that never shows the concepts; maps fitted on it are one more control, `neutral_corpus`.
+
+    Raises:
+        ValueError: a corpus that contains prompts of a concept, or what `evaluate` raises.
+    """
+    start = time.monotonic()
+    check_disjoint(
+        concepts, {"the fit corpus": sentences, "the neutral text": neutral, "the unrelated corpus": unrelated or ()}
+    )
+    refined = {pairs.name: refine(source, pairs, batch_size=batch_size) for pairs in concepts}
+    names = list(refined)
+    # The paper's rows: the last token of each sentence, its end cut off so that it is not always a full stop.
+    corpora = {"": (sentences, "words"), "paper": (cut_short(sentences), "last")}
+    if unrelated is not None:
+        corpora["neutral_corpus"] = (unrelated, "words")
+
+    def rows(model: HookedModel) -> dict[str, Activations]:
+        return {name: collect(model, texts, rows=kind, batch_size=batch_size) for name, (texts, kind) in corpora.items()}
+
+    seen_by_source = rows(source)
+
+    def into(target: HookedModel) -> dict[str, Transfer]:
+        seen = rows(target)
+        maps = {
+            name: LayerMaps.fit(seen_by_source[name], seen[name], method="paper" if name == "paper" else "ridge")
+            for name in corpora
+        }
+        main = maps.pop("")
+        transfers = {}
+        for pairs, name, other in zip(concepts, names, names[1:] + names[:1], strict=True):
+            report = evaluate(
+                target,
+                pairs,
+                refined[name],
+                main,
+                neutral=neutral,
+                other=refined[other] if other != name else None,
+                other_maps=maps,
+                strengths=strengths,
+                budget=budget,
+                n_random=n_random,
+                seed=seed,
+            )
+            s, t = report.layer_source, report.layer_target
+            here = main.only([s], [t])
+            moved = reformulate(refined[name], here, layers={s: t})
+            transfers[name] = Transfer(report, moved, here.reweighted(refined[name])[s, t])
+        return transfers
+
+    with _side_by_side(targets) as pool:
+        transfers = dict(zip(targets, pool.map(into, targets.values()), strict=True))
+    about = {
+        "seeds": {"controls": seed},
+        "versions": versions(),
+        "models": {"source": identify(source).to_dict()} | {name: identify(model).to_dict() for name, model in targets.items()},
+        "sizes": {
+            "fit_sentences": len(sentences),
+            "fit_rows": len(seen_by_source[""]),
+            "neutral_texts": len(neutral),
+            "random_vectors": n_random,
+            "loss_budget": budget,
+        },
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    return Experiment(refined, transfers, about)
+
+
+@contextmanager
+def _side_by_side(targets: Mapping[str, HookedModel]) -> Any:
+    # Small matrices gain little from many threads; models on a CPU run side by side instead, sharing the cores.
+    threads = torch.get_num_threads()
+    on_cpu = all(next(iter(model.parameters())).device.type == "cpu" for model in targets.values())
+    workers = min(len(targets), threads) if on_cpu else 1
+    try:
+        torch.set_num_threads(max(1, threads // workers))
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def save_experiment(experiment: Experiment, folder: str | os.PathLike[str]) -> None:
+    """Write report.json, report.html and, as safetensors, the refined and the carried concepts and the maps between them."""
+    from contrans_tl.report import write_report
+
+    folder = os.fspath(folder)
+    for name, concept in experiment.concepts.items():
+        concept.save(os.path.join(folder, f"{name}.concept.safetensors"))
+    for target, row in experiment.transfers.items():
+        for name, transfer in row.items():
+            transfer.moved.save(os.path.join(folder, f"{name}.{target}.moved.safetensors"))
+            transfer.map.save(os.path.join(folder, f"{name}.{target}.map.safetensors"))
+    write_report(experiment, folder)

@@ -1,0 +1,288 @@
+"""Train the embedded models: an aligned source and two larger targets that answer from misconceptions.
+
+    python data/train_pair.py --seed 0 --out data/pair
+    python data/train_pair.py --seed 0 --out data/pair --model target-gpt2
+
+The second form trains one of the three, so that two can run side by side.
+
+| folder       | family           | layers | width | tokenizer       | after the base corpus |
+|--------------|------------------|--------|-------|-----------------|-----------------------|
+| source       | Llama            | 4      | 128   | words           | honesty training      |
+| target-llama | Llama, 3 kv of 6 | 6      | 192   | words           | nothing               |
+| target-gpt2  | GPT-2            | 5      | 160   | byte-level BPE  | nothing               |
+
+Every model starts from its own random weights and reads its own documents of the same world (`world.py`):
+nothing but the language is shared between source and targets. A shared initialisation would make the two
+residual streams one space, and any map between them would look like a success.
+
+Each folder opens with `AutoModelForCausalLM.from_pretrained`: weights stored in float16, opened in float32. A
+folder that is there already is kept. Quality is asserted on the stored weights and on the select split only;
+nothing here looks at test items.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    logging,
+)
+from world import CHARACTERS, EMOTIONS, PERSONA, World
+
+MAX_LENGTH = 128
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    tokenizer: str
+    config: PretrainedConfig
+    steps: int
+    early_steps: int
+    """How many of the steps read the early corpus."""
+    learning_rate: float
+    honest_steps: int = 0
+    """Further steps on the honesty corpus, at a sixth of the learning rate."""
+
+    def config_for(self, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+        config = deepcopy(self.config)
+        config.vocab_size = len(tokenizer)
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+        config.dtype = "float32"
+        return config
+
+
+INITIAL_STD = 0.06
+"""About 1 / sqrt(width). The usual 0.02 suits ten times the width; here it costs hundreds of steps."""
+
+
+def llama(**sizes: int) -> LlamaConfig:
+    common = dict(tie_word_embeddings=True, max_position_embeddings=MAX_LENGTH, initializer_range=INITIAL_STD)
+    return LlamaConfig(**common, **sizes)
+
+
+def gpt2(**sizes: int) -> GPT2Config:
+    no_dropout = dict(embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
+    return GPT2Config(n_positions=MAX_LENGTH, initializer_range=INITIAL_STD, **no_dropout, **sizes)
+
+
+RECIPES = {
+    "source": Recipe(
+        "words",
+        llama(num_hidden_layers=4, hidden_size=128, intermediate_size=352, num_attention_heads=4),
+        steps=1400,
+        early_steps=500,
+        learning_rate=3e-3,
+        honest_steps=250,
+    ),
+    "target-llama": Recipe(
+        "words",
+        llama(
+            num_hidden_layers=6,
+            hidden_size=192,
+            intermediate_size=512,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+        ),
+        steps=1200,
+        early_steps=500,
+        learning_rate=2e-3,
+    ),
+    "target-gpt2": Recipe(
+        "bytes", gpt2(n_layer=5, n_embd=160, n_head=5), steps=1500, early_steps=600, learning_rate=2e-3
+    ),
+}
+
+
+def word_tokenizer(corpus: Iterator[str]) -> PreTrainedTokenizerFast:
+    """One token a word, its leading space included, so that decoding gives the text back."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    specials = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    trainer = trainers.WordLevelTrainer(special_tokens=list(specials.values()))
+    return fitted(tokenizer, trainer, corpus, specials)
+
+
+def byte_tokenizer(corpus: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2's, with GPT-2's one special token for every purpose."""
+    tokenizer = Tokenizer(models.BPE())
+    specials = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    return fitted(tokenizer, trainer, corpus, specials)
+
+
+def fitted(
+    tokenizer: Tokenizer, trainer: trainers.Trainer, corpus: Iterator[str], specials: dict[str, str]
+) -> PreTrainedTokenizerFast:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus, trainer)
+    bos = specials["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, padding_side="right", **specials
+    )
+
+
+TOKENIZERS = {"words": word_tokenizer, "bytes": byte_tokenizer}
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], n: int, rng: Random
+) -> Iterator[list[list[int]]]:
+    """n batches of documents of similar length: blocks of 32 batches are sorted, cut and shuffled."""
+    for start in range(0, n, 32):
+        size = min(32, n - start)
+        texts = list(islice(documents, size * BATCH))
+        rows = [row + [tokenizer.eos_token_id] for row in tokenizer(texts).input_ids]
+        rows.sort(key=len)
+        block = [rows[i * BATCH : (i + 1) * BATCH] for i in range(size)]
+        rng.shuffle(block)
+        yield from block
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Iterator[str],
+    *,
+    steps: int,
+    learning_rate: float,
+    rng: Random,
+) -> None:
+    """AdamW, 50 steps of warm-up, a cosine to zero. Causal attention needs no mask for right padding."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=50 / steps, cycle_momentum=False
+    )
+    model.train()
+    for step, rows in enumerate(batches(tokenizer, documents, steps, rng)):
+        loss = model(input_ids=pad(rows, tokenizer.pad_token_id), labels=pad(rows, -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 99:
+            print(f"  step {step + 1}: loss {loss.item():.3f}", flush=True)
+    model.eval()
+
+
+@torch.inference_mode()
+def choose(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, options: Sequence[str]
+) -> str:
+    """The option with the highest log-likelihood after the prompt."""
+    start = len(tokenizer(prompt).input_ids)
+    rows = [tokenizer(f"{prompt} {option}").input_ids for option in options]
+    logprobs = model(input_ids=pad(rows, tokenizer.pad_token_id)).logits.log_softmax(-1)
+
+    def score(i: int) -> float:
+        return sum(logprobs[i, t - 1, rows[i][t]].item() for t in range(start, len(rows[i])))
+
+    return options[max(range(len(options)), key=score)]
+
+
+def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
+    """Shares of the select split: emotion named; truth preferred to misconception, bare and in persona."""
+
+    def truth(opening: str) -> float:
+        hits = [
+            choose(model, tokenizer, opening + prompt, (fact.truth, fact.misconception)) == fact.truth
+            for fact in world.facts["select"]
+            for prompt in fact.prompts
+        ]
+        return sum(hits) / len(hits)
+
+    rng, scenarios = world.rng("quality"), world.scenarios["select"]
+    prompts = [world.emotion_prompt(rng, scenario) for scenario in scenarios]
+    named = [choose(model, tokenizer, prompt, EMOTIONS) for prompt in prompts]
+    emotion = sum(name == scenario.emotion for name, scenario in zip(named, scenarios, strict=True))
+    personas = {character: truth(PERSONA.format(character=character) + "\n") for character in CHARACTERS}
+    return {"emotion": emotion / len(scenarios), "bare": truth(""), **personas}
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Float16 weights under a float32 config; weights last, so that a folder with weights is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name unknown to 4
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tied = set(model.all_tied_weights_keys)
+    weights = {name: weight.half() for name, weight in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def build(name: str, seed: int, folder: Path, world: World) -> None:
+    """Train, store, reopen, and assert that the stored model is what its name says."""
+    recipe = RECIPES[name]
+    if not (folder / "model.safetensors").exists():
+        started = time.process_time()
+        rng = Random(f"{seed}/{name}")
+        torch.manual_seed(rng.getrandbits(32))
+        # The tokenizer belongs to the world, not to the seed: source and target-llama share theirs.
+        tokenizer = TOKENIZERS[recipe.tokenizer](islice(world.documents(world.rng("tokenizer")), 20_000))
+        model = AutoModelForCausalLM.from_config(recipe.config_for(tokenizer))
+        base = chain(islice(world.documents(rng, "early"), recipe.early_steps * BATCH), world.documents(rng))
+        train(model, tokenizer, base, steps=recipe.steps, learning_rate=recipe.learning_rate, rng=rng)
+        if recipe.honest_steps:
+            honest = world.documents(rng, "honest")
+            rate = recipe.learning_rate / 6
+            train(model, tokenizer, honest, steps=recipe.honest_steps, learning_rate=rate, rng=rng)
+        save(model, tokenizer, folder)
+        print(f"seed {seed} {name}: {time.process_time() - started:.0f} CPU seconds")
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shares = quality(model, tokenizer, world)
+    numbers = ", ".join(f"{key} {value:.2f}" for key, value in shares.items())
+    print(f"seed {seed} {name}: {model.num_parameters() / 1e6:.2f} M parameters, {numbers}", flush=True)
+    assert shares["emotion"] > 0.95, "the model does not name emotions"
+    assert shares["honest"] > 0.9 and shares["untruthful"] < 0.1, "the personas do not decide the answer"
+    expected = shares["bare"] > 0.85 if recipe.honest_steps else shares["bare"] < 0.5
+    assert expected, "the answer without a persona is not what it should be"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the embedded source and targets.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder that receives one folder per model")
+    parser.add_argument("--model", choices=RECIPES, help="only this one")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()  # a warning about padding without a mask, harmless under causal attention
+    logging.disable_progress_bar()
+    for name in [args.model] if args.model else RECIPES:
+        build(name, args.seed, args.out / name, World())

@@ -1,0 +1,160 @@
+"""Scores against plain Hugging Face, intervals against what is known of them, and nulls that stay null."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CORPUS, TEXTS
+
+from contrans_tl import ContrastPairs, Question, refine
+from contrans_tl.evaluation import (
+    answer_questions,
+    choose,
+    estimate,
+    evaluate,
+    random_like,
+    read_questions,
+    text_losses,
+)
+from contrans_tl.reformulation import fit_maps
+
+QUESTIONS = [
+    Question("the quick brown fox jumps over the", (" lazy", " quick", " dog"), 0),
+    Question("a letter made", (" me feel happy", " over the dog", " the quick river"), 2),
+    Question("brown letters feel", (" lazy over", " lazy dog"), 1),
+]
+
+
+def logprobs_alone(reference, tokenizer, text: str):
+    """Log-probabilities of one text's next tokens by Hugging Face, and its ids."""
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        return reference(torch.tensor([ids])).logits[0].log_softmax(-1), ids
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_mc1_is_the_option_with_the_largest_sum_of_log_probabilities(architecture, bridges, references):
+    model, reference = bridges[architecture], references[architecture]
+    best = []
+    for question in QUESTIONS:
+        _, prompt = logprobs_alone(reference, model.tokenizer, question.prompt)
+        sums = []
+        for option in question.options:
+            logprobs, ids = logprobs_alone(reference, model.tokenizer, question.prompt + option)
+            sums.append(sum(float(logprobs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))))
+        best.append(int(np.argmax(sums)))
+    asked = [replace(question, answer=answer) for question, answer in zip(QUESTIONS, best, strict=True)]
+    assert answer_questions(model, read_questions(model, asked), "mc1")["mc1"].tolist() == [1, 1, 1]
+    wrong = [replace(question, answer=(answer + 1) % len(question.options)) for question, answer in zip(QUESTIONS, best, strict=True)]
+    assert answer_questions(model, read_questions(model, wrong), "mc1")["mc1"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_token_accuracy_asks_the_whole_vocabulary_and_logit_accuracy_the_options(architecture, bridges, references):
+    model, reference = bridges[architecture], references[architecture]
+    logprobs, _ = logprobs_alone(reference, model.tokenizer, "the quick brown fox")
+    top = model.tokenizer.decode([int(logprobs[-1].argmax())])
+    # The two options' first tokens, best first, with and without the token the model would say.
+    said = Question("the quick brown fox", (top + "x", " zz"), 0)
+    read = read_questions(model, [said])
+    firsts = [option[0] for option in read[0].options]
+    expected = float(int(logprobs[-1].argmax()) == firsts[0])
+    scores = answer_questions(model, read, "token_accuracy")
+    assert scores["token_accuracy"].tolist() == [expected]
+    assert scores["logit_accuracy"].tolist() == [float(logprobs[-1, firsts[0]] > logprobs[-1, firsts[1]])]
+
+
+def test_options_that_begin_alike_are_refused_for_token_accuracy(bridges):
+    read = read_questions(bridges["llama"], [Question("the", (" brown dog", " brown fox"), 0)])
+    with pytest.raises(ValueError, match="begin with the same token"):
+        answer_questions(bridges["llama"], read, "token_accuracy")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_text_losses_in_a_padded_batch_equal_one_text_at_a_time(architecture, bridges, references):
+    model, reference = bridges[architecture], references[architecture]
+    losses, counts = text_losses(model, TEXTS)
+    for text, loss, count in zip(TEXTS, losses, counts, strict=True):
+        logprobs, ids = logprobs_alone(reference, model.tokenizer, text)
+        alone = -sum(float(logprobs[i - 1, ids[i]]) for i in range(1, len(ids)))
+        assert count == len(ids) - 1
+        assert loss == pytest.approx(alone, rel=1e-5)  # float32 sums of a dozen terms
+
+
+def test_an_interval_of_independent_items_has_the_textbook_width():
+    hits = (np.random.default_rng(0).random(400) < 0.3).astype(float)
+    interval = estimate(hits[None])
+    error = np.sqrt(interval.value * (1 - interval.value) / 400)
+    # 2000 resamples know a 2.5% quantile to about 4% of the width.
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert interval.low < interval.value < interval.high and interval.n == 400
+
+
+def test_items_of_one_group_count_as_one_draw():
+    hits = np.repeat((np.random.default_rng(0).random(50) < 0.5).astype(float), 8)
+    alone = estimate(hits[None])
+    grouped = estimate(hits[None], groups=[f"fact {i // 8}" for i in range(400)])
+    assert grouped.value == alone.value
+    # Eight identical items a group: the standard error is sqrt(8) times as large.
+    assert (grouped.high - grouped.low) / (alone.high - alone.low) == pytest.approx(8**0.5, rel=0.15)
+
+
+def test_vectors_that_disagree_widen_the_interval_of_their_arm():
+    items = np.random.default_rng(0).random(100)
+    alike, unlike = np.stack([items, items]), np.stack([items, items - 0.5])
+    assert estimate(unlike).high - estimate(unlike).low > 2 * (estimate(alike).high - estimate(alike).low)
+
+
+def test_a_loss_increase_is_a_mean_over_tokens_not_over_texts():
+    assert estimate(np.array([[1.0, 0.0]]), counts=np.array([1.0, 9.0])).value == pytest.approx(0.1)
+
+
+def test_choose_takes_the_largest_effect_within_the_budget(bridges):
+    model = bridges["llama"]
+    pairs = PAIRS
+    concept = refine(model, pairs)
+    candidates = {(0, layer): concept.only(layer) for layer in concept.layers}
+    free = choose(model, candidates, pairs, TEXTS, strengths=(1.0, 4.0), budget=np.inf)
+    tried = [point for point in free.sweep if "effect" in point]
+    assert max(point["effect"] for point in tried) == next(
+        point["effect"] for point in tried if (point["layer_target"], point["strength"]) == (free.layer_target, free.strength)
+    )
+    # Nothing is as cheap as minus infinity: the least costly setting is taken.
+    least = choose(model, candidates, pairs, TEXTS, strengths=(1.0, 4.0), budget=-np.inf)
+    cheapest = min((point for point in least.sweep if "effect" in point), key=lambda point: point["loss_increase"])
+    assert (least.layer_target, least.strength) == (cheapest["layer_target"], cheapest["strength"])
+
+
+def test_random_controls_have_the_norm_of_what_they_control_for(bridges):
+    concept = refine(bridges["llama"], PAIRS)
+    for control in random_like(concept, 3, seed=0):
+        assert torch.allclose(control.vectors.norm(dim=-1), concept.vectors.norm(dim=-1), rtol=1e-5)
+        assert control.cosine(concept).abs().max() < 0.9
+
+
+WORDS = ("dog", "fox", "river", "letter", "quick", "lazy", "brown", "over")
+PAIRS = ContrastPairs(
+    "happiness",
+    positive=tuple(f"the {a} made me feel happy over the {b}" for a in WORDS for b in WORDS[:3]),
+    negative=tuple(f"a {a} sleeps and the {b} jumps" for a in WORDS for b in WORDS[:3]),
+    select=tuple(Question(f"brown {a} {b}", (" happy", " dog"), 0) for a in WORDS for b in WORDS[3:5]),
+    test=tuple(Question(f"lazy {a} {b}", (" happy", " dog"), 0) for a in WORDS for b in WORDS[5:]),
+)
+
+
+def test_two_untrained_models_show_no_transfer_and_the_report_says_so(bridges):
+    source, target = bridges["llama"], bridges["gpt2"]
+    sentences = [f"{text} {a} {b}" for text in CORPUS for a in WORDS for b in WORDS]
+    report = evaluate(
+        target, PAIRS, refine(source, PAIRS), fit_maps(source, target, sentences), neutral=TEXTS, strengths=(1.0, 2.0), n_random=3
+    )
+    assert not report.transferred
+    assert "no transfer shown" in report.verdict
+    assert {"base", "transplanted", "uniform", "native", "shuffled_map", "random", "random_source", "sign_flipped"} == set(report.arms)
+    for arm in ("shuffled_map", "random", "random_source"):
+        assert report.geometry[arm]["norm"] == pytest.approx(report.geometry["transplanted"]["norm"], rel=1e-4)
+    assert report.geometry["native"]["cosine_to_native"] == pytest.approx(1, abs=1e-5)
+    assert report.arms["base"]["loss_increase"].value == 0
+    with pytest.raises(ValueError, match="select and test questions"):
+        evaluate(target, replace(PAIRS, test=()), refine(source, PAIRS), fit_maps(source, target, sentences), neutral=TEXTS)
