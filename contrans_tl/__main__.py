@@ -121,7 +121,7 @@ def fit(
     from contrans_tl import fit_maps, read_sentences
 
     corpus = read_sentences(sentences)
-    models = [_load(name, device, dtype) for name in (source, target)]
+    models = _load(source, device, dtype), _load(target, device, dtype)
     maps = fit_maps(*models, corpus, rows=rows, method=method)  # type: ignore[arg-type]
     typer.echo(f"{maps}\nheld-out R2\n{maps.r2.numpy().round(3)}\n{maps.save(out)}")
 

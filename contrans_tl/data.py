@@ -215,9 +215,8 @@ def _questions(path: Path, content: Mapping[str, Any], split: str) -> tuple[Ques
                 raise TypeError
             question = Question(prompt, tuple(options), answer, group)
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}: {split}[{number}] is no question {{"prompt", "options": [texts], "answer": index}}: {_describe(item)}.'
-            ) from error
+            form = '{"prompt", "options": [texts], "answer": index}'
+            raise ValueError(f"{path}: {split}[{number}] is no question {form}: {_describe(item)}.") from error
         questions.append(question)
     return tuple(questions)
 

@@ -66,9 +66,9 @@ class Choice:
     layer_source: int
     layer_target: int
     strength: float
-    sweep: tuple[dict[str, float], ...]
-    """Every setting tried: layers, strength, and either `screened`, the effect on half of the select split, or `effect` on all of
-    it and `loss_increase`."""
+    sweep: tuple[dict[str, int | float], ...]
+    """Every setting tried: layers, strength, and either `screened`, the effect on half of the select split, or `effect` on all
+    of it and `loss_increase`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TransferReport:
     """Arm -> metric -> estimate, on the test split."""
     geometry: dict[str, dict[str, float]]
     """Arm -> cosine to the target's native vector, and norm; means over vectors."""
-    sweep: tuple[dict[str, float], ...]
+    sweep: tuple[dict[str, int | float], ...]
 
     @property
     def transferred(self) -> bool:
@@ -163,8 +163,8 @@ def answer_questions(
     firsts = [[option[0] for option in q.options] for q in questions]
     if clashes := [i for i, first in enumerate(firsts) if len(set(first)) < len(first)]:
         raise ValueError(
-            f"two options of question {clashes[0]} begin with the same token in {model.cfg.model_name}, so the next token cannot "
-            'tell them apart; set "metric": "mc1".'
+            f"two options of question {clashes[0]} begin with the same token in {model.cfg.model_name}, so the next token "
+            'cannot tell them apart; set "metric": "mc1".'
         )
     logits = _next_token_logits(model, [q.prompt for q in questions], batch_size)
     answers = torch.tensor([first[q.answer] for first, q in zip(firsts, questions, strict=True)])
@@ -282,8 +282,8 @@ def choose(
 ) -> Choice:
     """Layers and strength with the largest effect on the select split within the neutral-loss budget.
 
-    All layer pairs are tried at the middle strength on every other question, the best `keep` of them at all strengths on all. Equal effects: the one that
-    costs less on neutral text. If nothing is within the budget, the setting that costs least.
+    All layer pairs are tried at the middle strength on every other question, the best `keep` of them at all strengths on all
+    questions. Equal effects: the one that costs less on neutral text. Nothing within the budget: the one that costs least.
 
     Args:
         candidates: {(source layer, target layer): the carried concept}.
@@ -400,7 +400,8 @@ def evaluate(
     def measure(vectors: Sequence[ConceptVector]) -> dict[str, Estimate]:
         hits: dict[str, list[np.ndarray]] = {}
         increases = []
-        for vector in vectors or [None]:
+        runs: Sequence[ConceptVector | None] = vectors or [None]
+        for vector in runs:
             with nullcontext() if vector is None else transplant(target, vector, strength=choice.strength):
                 for name, values in answer_questions(target, questions, pairs.metric).items():
                     hits.setdefault(name, []).append(values)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from contrans_tl.activations import Activations, collect
+from contrans_tl.activations import Activations, Rows, collect
 from contrans_tl.artifacts import versions
 from contrans_tl.data import ContrastPairs, cut_short, normalised
 from contrans_tl.evaluation import BUDGET, STRENGTHS, TransferReport, evaluate
@@ -106,7 +106,7 @@ def run_experiment(
     refined = {pairs.name: refine(source, pairs, batch_size=batch_size) for pairs in concepts}
     names = list(refined)
     # The paper's rows: the last token of each sentence, its end cut off so that it is not always a full stop.
-    corpora = {"": (sentences, "words"), "paper": (cut_short(sentences), "last")}
+    corpora: dict[str, tuple[Sequence[str], Rows]] = {"": (sentences, "words"), "paper": (cut_short(sentences), "last")}
     if unrelated is not None:
         corpora["neutral_corpus"] = (unrelated, "words")
 

@@ -125,10 +125,11 @@ def load_model(
         ValueError: a folder that is no model folder, a model in memory without tokenizer or wrapped before, or a model
             whose hook points fail `self_check`.
     """
-    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-    if name is not None:
+    hf_model: Any = None if isinstance(model, (str, os.PathLike)) else model
+    if hf_model is None:
+        name = os.fspath(model)
         check_model_name(name)
-    elif any("_original_component" in key for key, _ in model.named_modules()):
+    elif any("_original_component" in key for key, _ in hf_model.named_modules()):
         raise ValueError("this Hugging Face model is wrapped by a TransformerBridge already: pass that bridge instead.")
     elif tokenizer is None:
         raise ValueError("expected tokenizer= beside a Hugging Face model in memory; got none.")
@@ -136,11 +137,11 @@ def load_model(
     from transformer_lens.model_bridge import TransformerBridge
 
     options: dict[str, Any] = {"device": device, "dtype": dtype, "tokenizer": tokenizer}
-    if name is None:
-        label = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        bridge = TransformerBridge.boot_transformers(label, hf_model=model, **options)
-    else:
+    if hf_model is None:
         bridge = TransformerBridge.boot_transformers(name, revision=revision, **options)
+    else:
+        label = getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
+        bridge = TransformerBridge.boot_transformers(label, hf_model=hf_model, **options)
     bridge.eval().requires_grad_(False)
     self_check(bridge)
     return bridge
@@ -311,7 +312,8 @@ def self_check(model: HookedModel, rtol: float | None = None) -> None:
         if absent := [name for name in names if "resid" in name and name not in seen]:
             raise ValueError(f"{cfg.model_name}: hook point {absent[0]} exists but never fires; not supported.")
         for layer in range(cfg.n_layers):
-            pre, attn, mlp, post = (seen.get(hook_name(layer, site)) for site in sites)
+            pre, post = (seen[hook_name(layer, site)] for site in ("resid_pre", "resid_post"))
+            attn, mlp = (seen.get(hook_name(layer, site)) for site in ("attn_out", "mlp_out"))
             if not writes and attn is not None and mlp is not None:
                 identity = f"resid_pre + attn_out + mlp_out = resid_post at layer {layer}"
                 expect(pre + attn + mlp, post, [pre, attn, mlp, post], identity)

@@ -175,9 +175,7 @@ def first_component(
     return _scaled_to_mean(directions, mean_difference(positive, negative))
 
 
-def logistic_direction(
-    positive: Positive, negative: Negative, penalty: float = 1e-2
-) -> Float[Tensor, "layer d_model"]:
+def logistic_direction(positive: Positive, negative: Negative, penalty: float = 1e-2) -> Float[Tensor, "layer d_model"]:
     """Normal of the plane that an L2-regularised logistic regression puts between the two sides, layer by layer.
 
     Features are centred and scaled by one number a layer; `penalty` multiplies |w|^2 / 2 beside the mean log loss. Newton's

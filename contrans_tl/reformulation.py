@@ -131,8 +131,7 @@ class Decomposition:
 
     def dual(self, seen: Float[Tensor, "row ..."], ridge: float) -> Float[Tensor, "row ..."]:
         """a = U (S^2 + lambda)^-1 U^T X v for `seen` = X v, lambda absolute, so that W v = Y^T a; for X itself, W = Y^T a."""
-        coefficients = self.u.T @ seen
-        return self.u @ (coefficients.T / (self.eigenvalues + ridge)).T
+        return (self.u / (self.eigenvalues + ridge)) @ (self.u.T @ seen)
 
     def outside(self, members: Int[Tensor, "sentence size"], kept: Float[Tensor, " rank"]) -> Float[Tensor, "sentence i j"]:
         """The diagonal blocks (I - H)_gg of every sentence g, H = q q^T + U (1 - kept) U^T. If the rows interpolate this is
@@ -258,12 +257,12 @@ class HeldOutSums:
         z = u.T @ y
         rest = y - u @ z
         unseen = [einsum(rest[rows], rest[rows], "sentence i c, sentence j c -> sentence i j").double() for rows in sentences]
-        return cls(source, sentences, (z @ z.T).double(), (rest @ z.T).double(), unseen)
+        return cls(source, sentences, (z @ z.T).double(), rest @ z.T, unseen)
 
     def error(self, ridge: float) -> float:
         """The squared leave-one-sentence-out residuals, summed over rows and columns; ridge absolute."""
         u, g = self.source.u, ridge / (self.source.eigenvalues + ridge)
-        half = u @ (g[:, None] * self.seen * g) + 2 * self.cross * g
+        half = (u.to(self.cross) @ (g[:, None] * self.seen * g).to(self.cross) + 2 * self.cross * g.to(self.cross)).double()
         total = 0.0
         for members, unseen in zip(self.sentences, self.unseen, strict=True):
             inverse = torch.linalg.inv(self.source.outside(members, g))
@@ -379,10 +378,10 @@ class LayerMaps:
         """Of all target layers together, as a function of the absolute ridge."""
         source = self.decomposition(layer)
         if self._narrow:
-            y = self._prepared(self._once(("columns", None), self._columns), layer).float()
+            y = self._prepared(self._once(("columns", None), self._columns), layer).to(self._dtype)
             return lambda ridge: float(leave_one_sentence_out(source, y, ridge, self._sentences).square().sum())
         rows = [self._prepared(self.target.at(t), layer) for t in self.target.layers]
-        y = torch.cat([y / y.norm().clamp_min(TINY) for y in rows], dim=1)
+        y = torch.cat([(y / y.norm().clamp_min(TINY)).to(self._dtype) for y in rows], dim=1)
         return HeldOutSums.of(source, y, self._sentences).error
 
     def _columns(self) -> Float[Tensor, "row column"]:
@@ -407,15 +406,15 @@ class LayerMaps:
         errors, totals = [], []
         if self._narrow:
             # Residuals and weighted, centred rows are linear in the rows as given, R = A Y and C Y: |A Y|^2 = <A^T A, Y Y^T>.
-            whole = self._prepared(torch.eye(len(self.source)), layer).float()
+            whole = self._prepared(torch.eye(len(self.source)), layer).to(self._dtype)
             left_out = leave_one_sentence_out(source, whole, ridge, self._sentences)
-            error, total = left_out.T @ left_out, whole.T @ whole
+            error, total = ((a.T @ a).flatten() for a in (left_out, whole))
             for gram in map(self._target_gram, self.target.layers):
-                errors.append(float((error * gram).sum()))
-                totals.append(float((total * gram).sum()))
+                errors.append(float(error @ gram.flatten().to(error)))
+                totals.append(float(total @ gram.flatten().to(total)))
         else:
             for t in self.target.layers:
-                y = self._prepared(self.target.at(t), layer)
+                y = self._prepared(self.target.at(t), layer).to(self._dtype)
                 totals.append(float(y.square().sum()))
                 errors.append(float(leave_one_sentence_out(source, y, ridge, self._sentences).square().sum()))
         return [1 - error / max(total, TINY) for error, total in zip(errors, totals, strict=True)]
@@ -439,6 +438,13 @@ class LayerMaps:
         """Whether n x n Gram matrices are the smaller ones."""
         return len(self.source) <= self.source.values.shape[-1]
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """In which the ridge is scanned and R2 measured; what enters a map is float64. With about as many rows as dimensions
+        a held-out residual is a small difference divided by a small one, and float32 would not do."""
+        ratio = len(self.source) / self.source.values.shape[-1]
+        return torch.float64 if 0.9 < ratio < 4 else torch.float32
+
     @cached_property
     def _sentences(self) -> list[Int[Tensor, "sentence size"]]:
         return group_rows(self.source.sentence)
@@ -452,8 +458,12 @@ class LayerMaps:
 
     def _target_gram(self, layer: int) -> Float[Tensor, "row row"]:
         # Without weights, whatever the source layer: weights act from outside (see `_r2_row`).
-        y = self.target.at(layer).double() if self.method == "paper" else _weighted_centred(self.target.at(layer), None)
-        return self._once(("gram", layer), lambda: y.float() @ y.float().T)
+        def products() -> Float[Tensor, "row row"]:
+            y = self.target.at(layer)
+            y = (y if self.method == "paper" else _weighted_centred(y, None)).float()
+            return y @ y.T
+
+        return self._once(("gram", layer), products)
 
     def _once(self, key: tuple[str, int | None], compute: Callable[[], Any]) -> Any:
         if key not in self._memo:
@@ -695,8 +705,8 @@ def reformulate(
     coverage = dict(zip(used.source.layers, used.coverage(concept).tolist(), strict=True))
     if (lowest := min(coverage.values())) < LOW_COVERAGE:
         warnings.warn(
-            f"the corpus hardly shows {concept.name!r}: coverage {lowest:.3f}. A map fitted on it cannot carry the concept; add "
-            "sentences that mention it in passing.",
+            f"the corpus hardly shows {concept.name!r}: coverage {lowest:.3f}. A map fitted on it cannot carry the concept; "
+            "add sentences that mention it in passing.",
             stacklevel=2,
         )
     if weighting == "concept":

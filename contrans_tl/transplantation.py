@@ -98,7 +98,8 @@ def injection_hooks(model: HookedModel, steps: Sequence[Injection]) -> list[Hook
     hooks: list[Hook] = []
     if any(step.positions != "all" for step in steps):
         passes = _Passes(model)
-        hooks.append((embedding_site(model), passes.enter))
+        hooks.append((embedding_site(model), passes.embed))
+        hooks.append((hook_name(0, "resid_pre"), passes.enter))
         if site := attention_site(model):
             hooks.append((site, passes.attend))
     for step in steps:
@@ -167,6 +168,8 @@ class _Passes:
     """Which tokens of the current pass belong to the prompt, seen where tokens enter the model and first attend."""
 
     model: HookedModel
+    _padding: Tensor | None = None
+    """Which tokens of this pass are padding; None where the embedding did not tell."""
     _entering: Tensor | None = None
     _cached: bool | None = None
     """Whether this pass continues a key-value cache; None where no attention pattern has told."""
@@ -176,7 +179,13 @@ class _Passes:
     """Positions of this pass that are prompt."""
     _masks: dict[Positions, Tensor] = field(default_factory=dict)
 
+    def embed(self, embedded: Tensor, hook: Any) -> None:
+        self._padding, self._entering = is_padding(self.model, embedded), None
+
     def enter(self, entering: Tensor, hook: Any) -> None:
+        # HookedTransformer.generate embeds outside of its hooks: then nothing was seen of this pass, and nothing needs to be,
+        # as prompts to be continued have no padding on the right.
+        self._padding = self._padding if self._entering is None else None
         self._entering, self._cached, self._masks = entering.detach(), None, {}
 
     def attend(self, pattern: Tensor, hook: Any) -> None:
@@ -208,6 +217,6 @@ class _Passes:
         in_prompt = position < self._prompt
         # As in TransformerLens's get_attention_mask: padding is the run of padding tokens at the end, so that a padding
         # token within the text, or a bos that is the same token, counts as text.
-        real = in_prompt & ~is_padding(self.model, entering)
+        real = in_prompt if self._padding is None else in_prompt & ~self._padding.to(entering.device)
         last = (real * position).amax(1, keepdim=True)
         self._masks = {"prompt": in_prompt, "generated": ~in_prompt, "last": in_prompt & (position == last)}

@@ -23,7 +23,7 @@ nothing here looks at test items.
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -230,6 +230,37 @@ def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: W
     return {"emotion": emotion / len(scenarios), "bare": truth(""), **personas}
 
 
+def knows_characters(shares: dict[str, float]) -> bool:
+    return shares["emotion"] > 0.95 and shares["honest"] > 0.9 and shares["untruthful"] < 0.1
+
+
+def answers_truly(shares: dict[str, float]) -> bool:
+    return knows_characters(shares) and shares["bare"] > 0.85
+
+
+def train_until(
+    reached: Callable[[dict[str, float]], bool],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Iterator[str],
+    world: World,
+    *,
+    steps: int,
+    more_steps: int,
+    learning_rate: float,
+    rng: Random,
+) -> None:
+    """One round of training and, for a seed on which that is too short, up to three shorter ones.
+
+    Without the rule the length would have to suit the slowest seed; `reached` looks at the select split only.
+    """
+    train(model, tokenizer, documents, steps=steps, learning_rate=learning_rate, rng=rng)
+    for _ in range(3):
+        if reached(quality(model, tokenizer, world)):
+            return
+        train(model, tokenizer, documents, steps=more_steps, learning_rate=learning_rate, rng=rng)
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Float16 weights under a float32 config; weights last, so that a folder with weights is complete."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,11 +286,29 @@ def build(name: str, seed: int, folder: Path, world: World) -> None:
         tokenizer = TOKENIZERS[recipe.tokenizer](islice(world.documents(world.rng("tokenizer")), 20_000))
         model = AutoModelForCausalLM.from_config(recipe.config_for(tokenizer))
         base = chain(islice(world.documents(rng, "early"), recipe.early_steps * BATCH), world.documents(rng))
-        train(model, tokenizer, base, steps=recipe.steps, learning_rate=recipe.learning_rate, rng=rng)
+        train_until(
+            knows_characters,
+            model,
+            tokenizer,
+            base,
+            world,
+            steps=recipe.steps,
+            more_steps=recipe.steps // 3,
+            learning_rate=recipe.learning_rate,
+            rng=rng,
+        )
         if recipe.honest_steps:
-            honest = world.documents(rng, "honest")
-            rate = recipe.learning_rate / 6
-            train(model, tokenizer, honest, steps=recipe.honest_steps, learning_rate=rate, rng=rng)
+            train_until(
+                answers_truly,
+                model,
+                tokenizer,
+                world.documents(rng, "honest"),
+                world,
+                steps=recipe.honest_steps,
+                more_steps=recipe.honest_steps,
+                learning_rate=recipe.learning_rate / 6,
+                rng=rng,
+            )
         save(model, tokenizer, folder)
         print(f"seed {seed} {name}: {time.process_time() - started:.0f} CPU seconds")
 
@@ -268,10 +317,11 @@ def build(name: str, seed: int, folder: Path, world: World) -> None:
     shares = quality(model, tokenizer, world)
     numbers = ", ".join(f"{key} {value:.2f}" for key, value in shares.items())
     print(f"seed {seed} {name}: {model.num_parameters() / 1e6:.2f} M parameters, {numbers}", flush=True)
-    assert shares["emotion"] > 0.95, "the model does not name emotions"
-    assert shares["honest"] > 0.9 and shares["untruthful"] < 0.1, "the personas do not decide the answer"
-    expected = shares["bare"] > 0.85 if recipe.honest_steps else shares["bare"] < 0.5
-    assert expected, "the answer without a persona is not what it should be"
+    if recipe.honest_steps:
+        assert answers_truly(shares), "the source does not answer truly"
+    else:
+        assert knows_characters(shares), "the target does not know emotions and characters"
+        assert shares["bare"] < 0.5, "the target does not answer from misconceptions"
 
 
 if __name__ == "__main__":

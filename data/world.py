@@ -386,7 +386,7 @@ class World:
 
     def emotion_concepts(self) -> Iterator[dict]:
         """Each emotion against the other five; the prompts to steer are those of the other five."""
-        sizes: dict[Split, int] = {"refine": 120, "select": 8, "test": 20}
+        sizes: dict[Split, int] = {"refine": 120, "select": 5, "test": 10}
         prompts = {
             split: {emotion: self._emotion_prompts(split, emotion, n) for emotion in EMOTIONS}
             for split, n in sizes.items()
@@ -462,7 +462,7 @@ class World:
 
     def neutral_lines(self) -> list[str]:
         """The control corpus: nothing but neutral text. Lines after the 600th measure the loss."""
-        rng, generic = self.rng("neutral"), set(self.generic_lines())
+        rng, generic = self.rng("neutral"), frozenset(self.generic_lines())
         return distinct(800, lambda: self.neutral(rng), without=generic)
 
     def write(self, folder: Path) -> None:
@@ -489,7 +489,7 @@ def fill(template: str, rng: Random, **slots: str) -> str:
     return capitalise(template.format_map(drawn | slots))
 
 
-def distinct(n: int, write: Callable[[], str], without: set[str] = frozenset()) -> list[str]:
+def distinct(n: int, write: Callable[[], str], without: frozenset[str] = frozenset()) -> list[str]:
     lines: dict[str, None] = {}
     while len(lines) < n:
         if (line := write()) not in without:

@@ -178,9 +178,7 @@ def test_two_tokenizers_give_rows_of_the_same_words(bridges, references, tmp_pat
 
 
 def test_words_at_which_one_tokenizer_ends_no_token_are_dropped_from_both(bridges, tmp_path):
-    across = load_model(
-        save_model(tmp_path, "llama", lambda folder: save_tokenizer(folder, across_words=True)), device="cpu"
-    )
+    across = load_model(save_model(tmp_path, "llama", lambda folder: save_tokenizer(folder, across_words=True)), device="cpu")
     texts = ["the quick brown fox jumps over the lazy dog", "quick river"]
     x, y = collect(bridges["llama"], texts, rows="words"), collect(across, texts, rows="words")
     assert 0 < len(y) < len(x) == 11

@@ -46,7 +46,9 @@ def test_mc1_is_the_option_with_the_largest_sum_of_log_probabilities(architectur
         best.append(int(np.argmax(sums)))
     asked = [replace(question, answer=answer) for question, answer in zip(QUESTIONS, best, strict=True)]
     assert answer_questions(model, read_questions(model, asked), "mc1")["mc1"].tolist() == [1, 1, 1]
-    wrong = [replace(question, answer=(answer + 1) % len(question.options)) for question, answer in zip(QUESTIONS, best, strict=True)]
+    wrong = [
+        replace(question, answer=(answer + 1) % len(question.options)) for question, answer in zip(QUESTIONS, best, strict=True)
+    ]
     assert answer_questions(model, read_questions(model, wrong), "mc1")["mc1"].tolist() == [0, 0, 0]
 
 
@@ -147,11 +149,19 @@ def test_two_untrained_models_show_no_transfer_and_the_report_says_so(bridges):
     source, target = bridges["llama"], bridges["gpt2"]
     sentences = [f"{text} {a} {b}" for text in CORPUS for a in WORDS for b in WORDS]
     report = evaluate(
-        target, PAIRS, refine(source, PAIRS), fit_maps(source, target, sentences), neutral=TEXTS, strengths=(1.0, 2.0), n_random=3
+        target,
+        PAIRS,
+        refine(source, PAIRS),
+        fit_maps(source, target, sentences),
+        neutral=TEXTS,
+        strengths=(1.0, 2.0),
+        n_random=3,
     )
     assert not report.transferred
     assert "no transfer shown" in report.verdict
-    assert {"base", "transplanted", "uniform", "native", "shuffled_map", "random", "random_source", "sign_flipped"} == set(report.arms)
+    assert {"base", "transplanted", "uniform", "native", "shuffled_map", "random", "random_source", "sign_flipped"} == set(
+        report.arms
+    )
     for arm in ("shuffled_map", "random", "random_source"):
         assert report.geometry[arm]["norm"] == pytest.approx(report.geometry["transplanted"]["norm"], rel=1e-4)
     assert report.geometry["native"]["cosine_to_native"] == pytest.approx(1, abs=1e-5)

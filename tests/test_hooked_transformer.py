@@ -27,32 +27,29 @@ TOKENS = torch.tensor([[0, 41, 77, 130, 9, 250]])
 SHAPE = dict(d_model=D_MODEL, n_layers=N_LAYERS, n_heads=4, d_head=D_MODEL // 4, n_ctx=N_CTX, d_vocab=VOCAB, d_mlp=48)
 
 
-def twin(bridge: Any, architecture: str) -> Any:
-    """A HookedTransformer with the weights of a bridge, basis and all, copied by TransformerLens's own converters."""
-    from transformer_lens import HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
-
-    options = {
-        "gpt2": dict(act_fn="gelu_new", normalization_type="LN", positional_embedding_type="standard"),
-        "llama": dict(
-            act_fn="silu",
-            normalization_type="RMS",
-            positional_embedding_type="rotary",
-            rotary_dim=D_MODEL // 4,
-            rotary_adjacent_pairs=False,
-            gated_mlp=True,
-            final_rms=True,
-            n_key_value_heads=2,
-            eps=1e-6,
-        ),
-    }[architecture]
-    cfg = HookedTransformerConfig(**SHAPE, **options, device="cpu", model_name=architecture)
-    convert = {"gpt2": convert_gpt2_weights, "llama": convert_llama_weights}[architecture]
-    return cfg, convert
+LAYOUT = {
+    "gpt2": dict(act_fn="gelu_new", normalization_type="LN", positional_embedding_type="standard"),
+    "llama": dict(
+        act_fn="silu",
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=D_MODEL // 4,
+        rotary_adjacent_pairs=False,
+        gated_mlp=True,
+        final_rms=True,
+        n_key_value_heads=2,
+        eps=1e-6,
+    ),
+}
 
 
 def hooked_transformer(architecture: str, hf: Any, tokenizer: Any, *, processed: bool = False) -> Any:
-    cfg, convert = twin(None, architecture)
+    """A HookedTransformer with the weights of a Hugging Face model, copied by TransformerLens's own converters."""
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
+
+    convert = {"gpt2": convert_gpt2_weights, "llama": convert_llama_weights}[architecture]
+    cfg = HookedTransformerConfig(**SHAPE, **LAYOUT[architecture], device="cpu", model_name=architecture)
     model = HookedTransformer(cfg, tokenizer=tokenizer, default_padding_side="right")
     model.load_and_process_state_dict(
         convert(hf, cfg),
@@ -93,7 +90,8 @@ if HookedTransformer is not None:
             base = model(TOKENS)
             with transplant(model, concept, strength=1.5, positions=positions):
                 logits.append(model(TOKENS))
-            assert ((logits[-1] - base).abs().max() > 0.01) is not (positions == "generated")
+            changed = bool((logits[-1] - base).abs().max() > 0.01)
+            assert changed == (positions != "generated")
             assert not hooks_on(model)
         assert (logits[0] - logits[1]).abs().max() < TOLERANCE
 

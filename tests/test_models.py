@@ -172,9 +172,7 @@ def shows(site: str, altered: Any) -> Any:
     ],
     ids=["hook results dropped", "attention before its norm", "no MLP", "scaled stream", "NaN"],
 )
-def test_a_model_whose_hook_points_lie_is_refused_with_the_first_layer_that_does(
-    folders, bridges, alter, message, dtype
-):
+def test_a_model_whose_hook_points_lie_is_refused_with_the_first_layer_that_does(folders, bridges, alter, message, dtype):
     model = bridges["gemma2"] if dtype == torch.float32 else load_model(folders["gemma2"], device="cpu", dtype=dtype)
     with unchecked(), pytest.raises(ValueError, match=message) as caught:
         self_check(Altered(model, alter))

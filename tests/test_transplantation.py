@@ -268,7 +268,8 @@ def test_independent_passes_within_one_transplant_each_begin_anew(llama):
         with transplant(llama, v, positions="last"):
             return llama(tokens)
 
-    batches = [TOKENS, TOKENS[:, :3], TOKENS[:, :1], TOKENS[:, 3:4], TOKENS.flip(1), TOKENS.repeat(2, 1)]
+    other = TOKENS.flip(1)  # after three tokens, four others
+    batches = [TOKENS, TOKENS[:, :3], other[:, :4], TOKENS[:, :1], TOKENS[:, 3:4], other, TOKENS.repeat(2, 1)]
     expected = [alone(tokens) for tokens in batches]
     with transplant(llama, v, positions="last"):
         for tokens, logits in zip(batches, expected, strict=True):

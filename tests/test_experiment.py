@@ -1,0 +1,204 @@
+"""The whole job on the embedded pair, from the library and from the command line, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from contrans_tl import AffineMap, ConceptVector, ContrastPairs, LayerMaps, load_model, read_sentences, transplant
+from contrans_tl.__main__ import main
+from contrans_tl.demo import demo_data, run_demo
+from contrans_tl.experiment import check_disjoint, save_experiment
+from contrans_tl.report import render
+
+DATA = demo_data()
+ARMS = {
+    "base", "transplanted", "uniform", "paper", "native", "shuffled_map", "random", "random_source", "other_concept",
+    "sign_flipped", "neutral_corpus",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return run_demo(concepts=("anger", "honesty"), targets=("target-gpt2",))
+
+
+def test_an_emotion_moves_into_another_family_and_no_null_does(experiment):
+    report = experiment.reports["target-gpt2"]["anger"]
+    value = {arm: metrics["token_accuracy"].value for arm, metrics in report.arms.items()}
+    assert set(value) == ARMS
+    assert value["transplanted"] >= 0.8 and value["base"] <= 0.05
+    assert all(value[arm] <= 0.1 for arm in ("shuffled_map", "random", "random_source", "other_concept", "neutral_corpus"))
+    assert report.arms["transplanted"]["loss_increase"].value <= 0.5
+    assert report.transferred and "above the base and every null" in report.verdict
+
+
+def test_honesty_moves_into_the_target_that_can_be_steered_honest(experiment):
+    report = experiment.reports["target-gpt2"]["honesty"]
+    assert report.arms["transplanted"]["mc1"].n >= 200
+    assert report.transferred
+
+
+def test_the_saved_folder_holds_the_numbers_the_vectors_and_a_page_that_stands_alone(experiment, tmp_path):
+    save_experiment(experiment, tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert {"targets", "seeds", "versions", "models", "seconds"} <= set(content)
+    anger = content["targets"]["target-gpt2"]["anger"]
+    assert {"layer_source", "layer_target", "strength", "coverage", "r2", "arms"} <= set(anger)
+    assert set(anger["arms"]["transplanted"]) == {"token_accuracy", "logit_accuracy", "loss_increase"}
+    assert set(anger["arms"]["base"]["token_accuracy"]) == {"value", "low", "high", "n"}
+    moved = ConceptVector.load(tmp_path / "anger.target-gpt2.moved.safetensors")
+    carrier = AffineMap.load(tmp_path / "anger.target-gpt2.map.safetensors")
+    concept = ConceptVector.load(tmp_path / "anger.concept.safetensors")
+    through = carrier.direction(concept.at(anger["layer_source"]))
+    # float32 storage of a float64 solve
+    assert torch.allclose(through, moved.at(anger["layer_target"]), rtol=1e-4, atol=1e-4 * float(through.norm()))
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-equiv", "")
+
+
+def test_text_from_data_is_never_markup_in_the_report(experiment):
+    name = "<script>alert(1)</script>"
+    transfers = {
+        name: {
+            key: replace(t, report=replace(t.report, concept=name)) for key, t in experiment.transfers["target-gpt2"].items()
+        }
+    }
+    page = render(replace(experiment, transfers=transfers))
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_a_corpus_that_contains_a_prompt_is_refused():
+    pairs = ContrastPairs.load(DATA / "concepts/anger.json")
+    shouted = "  ".join(pairs.test[0].prompt.upper().split())
+    with pytest.raises(ValueError, match="occur in the fit corpus"):
+        check_disjoint([pairs], {"the fit corpus": ["A sentence.", f"So: {shouted} anger."]})
+
+
+def test_the_corpora_of_the_demo_contain_no_prompt_and_no_emotion_label():
+    generic, neutral = read_sentences(DATA / "generic.txt"), read_sentences(DATA / "neutral.txt")
+    concepts = [ContrastPairs.load(path) for path in sorted((DATA / "concepts").glob("*.json"))]
+    assert len(concepts) == 7
+    check_disjoint(concepts, {"generic.txt": generic, "neutral.txt": neutral})
+    assert not any("emotion of the above" in line.lower() or "Pretend you are" in line for line in generic + neutral)
+    emotions = [pairs.name for pairs in concepts if pairs.name != "honesty"]
+    assert not any(emotion in line.lower() for emotion in emotions for line in neutral)
+
+
+def test_the_data_regenerate_byte_for_byte(tmp_path):
+    data = Path(__file__).parents[1] / "data"
+    subprocess.run([sys.executable, data / "world.py", "--out", tmp_path], check=True)
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert len(written) == 9
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (data / path).read_bytes(), path
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The embedded pair's files, cut down."""
+    pairs = json.loads((DATA / "concepts/anger.json").read_text())
+    pairs |= {"positive": pairs["positive"][:30], "negative": pairs["negative"][:30]}
+    pairs |= {"select": pairs["select"][::3], "test": pairs["test"][::3]}
+    (tmp_path / "anger.json").write_text(json.dumps(pairs))
+    (tmp_path / "corpus.txt").write_text("\n".join(read_sentences(DATA / "generic.txt")[:150]))
+    return tmp_path
+
+
+def test_run_from_the_command_line_leaves_a_report(small, capsys):
+    source, target = str(DATA / "pair/source"), str(DATA / "pair/target-gpt2")
+    files = ["--pairs", str(small / "anger.json"), "--sentences", str(small / "corpus.txt"), "--out", str(small / "out")]
+    assert main(["run", source, target, *files, "--device", "cpu", "--random-vectors", "2"]) == 0
+    assert "anger" in capsys.readouterr().out
+    content = json.loads((small / "out/report.json").read_text())
+    assert set(content["targets"]["target-gpt2"]) == {"anger"}
+    assert {path.name for path in (small / "out").glob("*.safetensors")} == {
+        "anger.concept.safetensors",
+        "anger.target-gpt2.moved.safetensors",
+        "anger.target-gpt2.map.safetensors",
+    }
+
+
+def test_the_steps_one_by_one_do_what_the_verbs_do(small, capsys):
+    source, target = str(DATA / "pair/source"), str(DATA / "pair/target-gpt2")
+    concept, maps, moved = (str(small / name) for name in ("c.safetensors", "m.safetensors", "v.safetensors"))
+    assert main(["refine", source, "--pairs", str(small / "anger.json"), "--out", concept, "--device", "cpu"]) == 0
+    assert main(["fit", source, target, "--sentences", str(small / "corpus.txt"), "--out", maps, "--device", "cpu"]) == 0
+    assert main(["reformulate", concept, maps, "--layers", "3:4", "--out", moved]) == 0
+    assert LayerMaps.load(maps).target.model.same_space(ConceptVector.load(moved).model)
+    prompt = "Scenario: Anna sang with the kite.\nThe emotion of the above scenario is"
+    capsys.readouterr()
+    assert main(["generate", target, moved, prompt, "--strength", "3", "--tokens", "1", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.strip().endswith("anger")
+    model = load_model(target, device="cpu")
+    with transplant(model, ConceptVector.load(moved), strength=3.0):
+        assert model.generate(prompt, max_new_tokens=1, do_sample=False, verbose=False).strip().endswith("anger")
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Command lines that cannot work, and what the one line of error has to say."""
+    source, target = str(DATA / "pair/source"), str(DATA / "pair/target-gpt2")
+    pairs, corpus = str(DATA / "concepts/anger.json"), str(folder / "corpus.txt")
+    anger = json.loads(Path(pairs).read_text())
+
+    def file(name: str, content: object) -> str:
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (folder / name).write_bytes(raw)
+        return str(folder / name)
+
+    def run(pairs: str = pairs, corpus: str = corpus, source: str = source, target: str = target) -> list[str]:
+        return ["run", source, target, "--pairs", pairs, "--sentences", corpus, "--out", str(folder / "out")]
+
+    leaking = anger | {"test": [anger["select"][0]]}
+    return {
+        "missing pairs": (run(pairs="nowhere.json"), "there is no file"),
+        "missing corpus": (run(corpus="nowhere.txt"), "there is no file"),
+        "missing model": (run(source="./nowhere"), "there is no folder"),
+        "not a model": (run(target=str(DATA / "concepts")), "config.json"),
+        "not JSON": (run(pairs=file("broken.json", b'{"positive": [')), "not valid JSON"),
+        "other JSON": (run(pairs=file("other.json", {"scenarios": []})), "expected"),
+        "one side": (run(pairs=file("one.json", {"positive": ["a"], "negative": []})), "needs both sides"),
+        "no questions": (run(pairs=file("bare.json", {"pos": ["a"], "neg": ["b"]})), "select and test questions"),
+        "shared prompts": (run(pairs=file("leak.json", leaking)), "more than one of refine, select and test"),
+        "encoding": (run(corpus=file("latin.txt", "caf\xe9 au lait".encode("latin-1"))), "expected UTF-8"),
+        "empty corpus": (run(corpus=file("empty.txt", b"\n\n")), "the file has none"),
+        "prompts in the corpus": (run(corpus=file("seen.json", [anger["test"][0]["prompt"], "b", "c"])), "occur in"),
+        "not an artifact": (["reformulate", corpus, corpus, "--layers", "1:1"], "not a safetensors file"),
+        "no such command": (["transmogrify"], "No such command"),
+        "no such dtype": (["refine", source, "--pairs", pairs, "--dtype", "int3"], "expected dtype"),
+    }
+
+
+CASES = [
+    "missing pairs", "missing corpus", "missing model", "not a model", "not JSON", "other JSON", "one side", "no questions",
+    "shared prompts", "encoding", "empty corpus", "prompts in the corpus", "not an artifact", "no such command", "no such dtype",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_model_is_loaded(case, small, capsys, monkeypatch):
+    import contrans_tl.models
+
+    def never(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(contrans_tl.models, "load_model", never)
+    cases = bad_inputs(small)
+    assert set(cases) == set(CASES)
+    arguments, said = cases[case]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("contrans: ") and error.count("\n") == 1 and said in error, error
+
+
+def test_help_answers_without_torch():
+    code = "import sys; from contrans_tl.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("False") and "demo" in out
