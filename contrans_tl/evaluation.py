@@ -15,14 +15,14 @@ test split. Beside the transplanted vector run its controls, at the same layer a
     random_source   random source vectors through the concept-weighted maps  norm of the transplanted
     other_concept   another concept, carried like the transplanted one
     sign_flipped    the transplanted vector, subtracted
+    random_weighting   the concept through maps weighted for random directions: not a null, but what weighting does by itself
 
 Intervals are 95% bootstrap intervals over questions (resampled by group where questions share one) and over vectors where an
 arm has several. For a rate of exactly 0 or 1 such an interval has no width: it says what these questions gave, no more.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,18 +31,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrans_tl.data import ContrastPairs, Metric, Question
-from contrans_tl.models import HookedModel
+from contrans_tl.models import HookedModel, check_ready, hook_name, identify, resumed_after, run_blocks
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import LayerMaps, reformulate
 from contrans_tl.tokens import by_length, encode, pad
-from contrans_tl.transplantation import transplant
 
-STRENGTHS = (1.0, 1.5, 2.0, 3.0, 4.0)
+STRENGTHS = (1.0, 2.0, 3.0, 5.0)
 BUDGET = 0.5
 """Nats per token that the transplant may cost on neutral text."""
 RESAMPLES = 2000
-NULLS = ("shuffled_map", "random", "random_source", "other_concept")
-"""Arms that have to stay at the base if it is the concept that acts."""
+NULLS = ("shuffled_map", "random", "random_source", "other_concept", "sign_flipped", "neutral_corpus")
+"""Arms that have to stay at the base if it is the concept that acts. (The last is there if such maps are given.)"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,56 @@ class TransferReport:
         return asdict(self) | {"verdict": self.verdict}
 
 
+# --- forward passes -------------------------------------------------------------------------------------------------
+
+Forward = Callable[[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"]], Float[Tensor, "prompt pos vocab"]]
+"""Tokens and mask -> logits in float32."""
+
+
+def plain(model: HookedModel) -> Forward:
+    """The model as it is."""
+
+    def forward(tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos vocab"]:
+        with torch.no_grad():
+            return model(tokens, return_type="logits", attention_mask=mask).float()
+
+    return forward
+
+
+@dataclass(frozen=True, eq=False)
+class SteeredAt:
+    """A model to be steered at one layer with one vector after another: what `transplant` does at all positions, but the
+    blocks up to that layer run once for each batch of tokens, not once for each vector."""
+
+    model: HookedModel
+    layer: int
+    _below: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+
+    def by(self, concept: ConceptVector, strength: float) -> Forward:
+        """Forward passes with strength * vector added after the block."""
+        check_ready(self.model)
+        vector, above = strength * concept.at(self.layer), plain(self.model)
+
+        def forward(tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos vocab"]:
+            resid = self._residual(tokens, mask)
+            with resumed_after(self.model, self.layer, resid + vector.to(resid)):
+                return above(tokens, mask)
+
+        return forward
+
+    def _residual(
+        self, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]
+    ) -> Float[Tensor, "prompt pos d_model"]:
+        key = str(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes() + mask.cpu().numpy().tobytes()
+        if key not in self._below:
+
+            def keep(resid: Tensor, hook: Any) -> None:
+                self._below[key] = resid.detach().clone()
+
+            run_blocks(self.model, tokens, mask, [(hook_name(self.layer), keep)], self.layer)
+        return self._below[key]
+
+
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
@@ -145,10 +194,25 @@ def read_questions(model: HookedModel, questions: Sequence[Question]) -> list[Re
     return read
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """How a model answered."""
+
+    hits: dict[str, Float[np.ndarray, " question"]]
+    """Metric -> 1 where the question is answered as the concept would have it, else 0."""
+    margin: Float[np.ndarray, " question"]
+    """Log-probability of the answer less that of the best other option, in nats: how near a miss was."""
+
+
 def answer_questions(
-    model: HookedModel, questions: Sequence[ReadQuestion], metric: Metric, *, batch_size: int = 64
-) -> dict[str, Float[np.ndarray, " question"]]:
-    """Whether each question is answered as the concept would have it, 1 or 0.
+    model: HookedModel,
+    questions: Sequence[ReadQuestion],
+    metric: Metric,
+    *,
+    forward: Forward | None = None,
+    batch_size: int = 64,
+) -> Answers:
+    """Ask the questions, of the model as it is or by a `forward` of `SteeredAt`.
 
     `token_accuracy`: the most likely next token of the whole vocabulary is the first token of the answer; beside it
     `logit_accuracy`, the same among the options' first tokens only (both as in the paper's emotion experiment).
@@ -157,48 +221,59 @@ def answer_questions(
     Raises:
         ValueError: for `token_accuracy`, two options that begin with the same token.
     """
+    hits = {}
     if metric == "mc1":
-        scores = iter(_option_logprobs(model, questions, batch_size))
-        return {"mc1": np.array([float(int(np.argmax([next(scores) for _ in q.options])) == q.answer) for q in questions])}
-    firsts = [[option[0] for option in q.options] for q in questions]
-    if clashes := [i for i, first in enumerate(firsts) if len(set(first)) < len(first)]:
-        raise ValueError(
-            f"two options of question {clashes[0]} begin with the same token in {model.cfg.model_name}, so the next token "
-            'cannot tell them apart; set "metric": "mc1".'
-        )
-    logits = _next_token_logits(model, [q.prompt for q in questions], batch_size)
-    answers = torch.tensor([first[q.answer] for first, q in zip(firsts, questions, strict=True)])
-    among = [int(row[first].argmax()) == q.answer for row, first, q in zip(logits, firsts, questions, strict=True)]
-    return {
-        "token_accuracy": (logits.argmax(-1) == answers).double().numpy(),
-        "logit_accuracy": np.array(among, dtype=float),
-    }
+        scores = iter(_option_logprobs(model, questions, forward, batch_size))
+        options = [[next(scores) for _ in question.options] for question in questions]
+    else:
+        firsts = [[option[0] for option in q.options] for q in questions]
+        if clashes := [i for i, first in enumerate(firsts) if len(set(first)) < len(first)]:
+            raise ValueError(
+                f"two options of question {clashes[0]} begin with the same token in {model.cfg.model_name}, so the next token "
+                'cannot tell them apart; set "metric": "mc1".'
+            )
+        logits = _next_token_logits(model, [q.prompt for q in questions], forward, batch_size)
+        answers = torch.tensor([first[q.answer] for first, q in zip(firsts, questions, strict=True)])
+        hits["token_accuracy"] = (logits.argmax(-1) == answers).double().numpy()
+        options = [row[first].tolist() for row, first in zip(logits, firsts, strict=True)]
+    margin = np.array(
+        [
+            scores[q.answer] - max(score for i, score in enumerate(scores) if i != q.answer)
+            for scores, q in zip(options, questions, strict=True)
+        ]
+    )
+    hits["mc1" if metric == "mc1" else "logit_accuracy"] = (margin > 0).astype(float)
+    return Answers(hits, margin)
 
 
 def text_losses(
-    model: HookedModel, texts: Sequence[str], *, batch_size: int = 64
+    model: HookedModel, texts: Sequence[str], *, forward: Forward | None = None, batch_size: int = 64
 ) -> tuple[Float[np.ndarray, " text"], Float[np.ndarray, " text"]]:
     """Of every text, the sum of its tokens' negative log-likelihoods (nats) and their number, the first token left out."""
     sequences = [encoding.ids for encoding in encode(model, texts, truncate=True)]
     losses, counts = np.zeros(len(texts)), np.array([len(ids) - 1.0 for ids in sequences])
     for batch in by_length([len(ids) for ids in sequences], batch_size):
         tokens, mask = pad([sequences[i] for i in batch], _device(model))
-        logprobs = _logits(model, tokens, mask)[:, :-1].log_softmax(-1)
+        logprobs = (forward or plain(model))(tokens, mask)[:, :-1].log_softmax(-1)
         losses[batch] = -(logprobs.gather(-1, tokens[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1).double().cpu().numpy()
     return losses, counts
 
 
-def _next_token_logits(model: HookedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> Float[Tensor, "prompt vocab"]:
+def _next_token_logits(
+    model: HookedModel, prompts: Sequence[Sequence[int]], forward: Forward | None, batch_size: int
+) -> Float[Tensor, "prompt vocab"]:
     rows: list[Tensor] = [torch.empty(0)] * len(prompts)
     for batch in by_length([len(ids) for ids in prompts], batch_size):
         tokens, mask = pad([prompts[i] for i in batch], _device(model))
-        last = _logits(model, tokens, mask)[torch.arange(len(batch)), mask.sum(1) - 1].cpu()
+        last = (forward or plain(model))(tokens, mask)[torch.arange(len(batch)), mask.sum(1) - 1].cpu()
         for i, row in zip(batch, last, strict=True):
             rows[i] = row
     return torch.stack(rows)
 
 
-def _option_logprobs(model: HookedModel, questions: Sequence[ReadQuestion], batch_size: int) -> list[float]:
+def _option_logprobs(
+    model: HookedModel, questions: Sequence[ReadQuestion], forward: Forward | None, batch_size: int
+) -> list[float]:
     # The last token of an option is predicted, never read: options that differ only there share one sequence.
     inputs = [q.prompt + option[:-1] for q in questions for option in q.options]
     slots = {ids: slot for slot, ids in enumerate(dict.fromkeys(inputs))}
@@ -209,20 +284,13 @@ def _option_logprobs(model: HookedModel, questions: Sequence[ReadQuestion], batc
     sequences, scores = list(slots), [0.0] * len(inputs)
     for batch in by_length([len(ids) for ids in sequences], batch_size):
         tokens, mask = pad([sequences[i] for i in batch], _device(model))
-        logprobs = _logits(model, tokens, mask).log_softmax(-1).cpu()
+        logprobs = (forward or plain(model))(tokens, mask).log_softmax(-1).cpu()
         for row, i in enumerate(batch):
             for number in wanted[sequences[i]]:
                 start, option = options[number]
                 places = torch.arange(start - 1, start - 1 + len(option))
                 scores[number] = float(logprobs[row, places, torch.tensor(option)].sum())
     return scores
-
-
-def _logits(
-    model: HookedModel, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]
-) -> Float[Tensor, "prompt pos vocab"]:
-    with torch.no_grad():
-        return model(tokens, return_type="logits", attention_mask=mask).float()
 
 
 def _device(model: HookedModel) -> torch.device:
@@ -278,12 +346,13 @@ def choose(
     *,
     strengths: Sequence[float] = STRENGTHS,
     budget: float = BUDGET,
-    keep: int = 3,
+    keep: int = 2,
 ) -> Choice:
     """Layers and strength with the largest effect on the select split within the neutral-loss budget.
 
-    All layer pairs are tried at the middle strength on every other question, the best `keep` of them at all strengths on all
-    questions. Equal effects: the one that costs less on neutral text. Nothing within the budget: the one that costs least.
+    All layer pairs are tried at the middle strength on every other question, the best `keep` of them (between equals those of
+    the larger margin) at all strengths on all questions. Of equal effects the one is taken that costs less on neutral text; if
+    nothing is within the budget, the one that costs least.
 
     Args:
         candidates: {(source layer, target layer): the carried concept}.
@@ -292,30 +361,40 @@ def choose(
     questions = read_questions(target, pairs.select)
     losses, counts = text_losses(target, neutral)
 
-    def effect(layers: tuple[int, int], strength: float, step: int = 1) -> float:
-        with transplant(target, candidates[layers], strength=strength):
-            return float(answer_questions(target, questions[::step], pairs.metric)[pairs.metric].mean())
+    at = {layer: SteeredAt(target, layer) for _, layer in candidates}
+
+    def steered(layers: tuple[int, int], strength: float) -> Forward:
+        return at[layers[1]].by(candidates[layers], strength)
+
+    def effect(layers: tuple[int, int], strength: float, step: int = 1) -> tuple[float, float]:
+        answers = answer_questions(target, questions[::step], pairs.metric, forward=steered(layers, strength))
+        return float(answers.hits[pairs.metric].mean()), float(answers.margin.mean())
 
     def cost(layers: tuple[int, int], strength: float) -> float:
-        with transplant(target, candidates[layers], strength=strength):
-            return float((text_losses(target, neutral)[0] - losses).sum() / counts.sum())
+        return float((text_losses(target, neutral, forward=steered(layers, strength))[0] - losses).sum() / counts.sum())
 
-    middle = sorted(strengths)[len(strengths) // 2]
+    middle = sorted(strengths)[(len(strengths) - 1) // 2]
     screened = {layers: effect(layers, middle, step=2) for layers in candidates}
-    best = sorted(candidates, key=lambda layers: -screened[layers])[:keep]
+    best = sorted(candidates, key=screened.__getitem__, reverse=True)[:keep]
     settings = [(layers, strength) for layers in best for strength in strengths]
     effects = {setting: effect(*setting) for setting in settings}
     costs = {setting: cost(*setting) for setting in settings}
     affordable = {setting for setting, loss in costs.items() if loss <= budget}
     if affordable:
-        chosen = min(affordable, key=lambda setting: (-effects[setting], costs[setting]))
+        chosen = min(affordable, key=lambda setting: (-effects[setting][0], costs[setting]))
     else:
         chosen = min(costs, key=costs.__getitem__)
     (layer_source, layer_target), strength = chosen
     sweep = [
-        {"layer_source": s, "layer_target": t, "strength": middle, "screened": value} for (s, t), value in screened.items()
+        {"layer_source": s, "layer_target": t, "strength": middle, "screened": hits} for (s, t), (hits, _) in screened.items()
     ] + [
-        {"layer_source": s, "layer_target": t, "strength": x, "effect": effects[(s, t), x], "loss_increase": costs[(s, t), x]}
+        {
+            "layer_source": s,
+            "layer_target": t,
+            "strength": x,
+            "effect": effects[(s, t), x][0],
+            "loss_increase": costs[(s, t), x],
+        }
         for (s, t), x in settings
     ]
     return Choice(layer_source, layer_target, strength, tuple(sweep))
@@ -351,13 +430,15 @@ def evaluate(
         other: another concept of the source, for the `other_concept` arm.
         other_maps: further maps, such as the paper's or those of another corpus; each is an arm of its name. A `paper` map's
             vector is injected as it comes, all others with the norm of the transplanted one.
-        n_random: vectors in the `random` arm; a third as many in `random_source`.
+        n_random: vectors in the `random` arm; a quarter as many in `random_source`.
 
     Raises:
         ValueError: no select or test questions, fewer than two neutral texts, or a concept of another model than the maps'.
     """
     if not pairs.select or not pairs.test:
         raise ValueError(f"{pairs.name}: expected select and test questions to evaluate on; see ContrastPairs.")
+    if not maps.target.model.same_space(here := identify(target)):
+        raise ValueError(f"these maps lead into {maps.target.model}, the model is {here}: fit maps into this one.")
     if len(neutral) < 2:
         raise ValueError("expected at least two neutral texts: half to choose the strength on, half to report on.")
     neutral_select, neutral_test = neutral[: len(neutral) // 2], neutral[len(neutral) // 2 :]
@@ -365,10 +446,10 @@ def evaluate(
     weighted = maps.reweighted(concept)
     choice = choose(target, carried(weighted, concept), pairs, neutral_select, strengths=strengths, budget=budget)
     s, t = choice.layer_source, choice.layer_target
-    here = maps.only([s], [t])
+    chosen = maps.only([s], [t])
     concept = concept.only(s)
     native = refine(target, pairs, layers=[t])
-    moved = reformulate(concept, here, layers={s: t})
+    moved = reformulate(concept, chosen, layers={s: t})
 
     def through(maps: LayerMaps, concept: ConceptVector = concept) -> ConceptVector:
         return carried(maps.only([s], [t]), concept)[s, t]
@@ -376,17 +457,18 @@ def evaluate(
     arms: dict[str, list[ConceptVector]] = {
         "base": [],
         "transplanted": [moved],
-        "uniform": [through(here)],
+        "uniform": [through(chosen)],
         "native": [native],
-        "shuffled_map": [through(here.shuffled(seed=seed).reweighted(concept)).matched_to(moved)],
+        "shuffled_map": [through(chosen.shuffled(seed=seed).reweighted(concept)).matched_to(moved)],
         "random": random_like(moved, n_random, seed=seed),
         "random_source": [
-            through(weighted, v).matched_to(moved) for v in random_like(concept, max(2, n_random // 3), seed=seed)
+            through(weighted, v).matched_to(moved) for v in random_like(concept, max(2, n_random // 4), seed=seed)
         ],
         "sign_flipped": [-moved],
+        "random_weighting": [through(chosen.reweighted(v)) for v in random_like(concept, 2, seed=seed + 1)],
     }
     if other is not None:
-        arms["other_concept"] = [through(here.reweighted(other.only(s)), other.only(s))]
+        arms["other_concept"] = [through(chosen.reweighted(other.only(s)), other.only(s))]
     for name, more in (other_maps or {}).items():
         if more.method == "paper":
             arms[name] = [through(more)]
@@ -397,17 +479,14 @@ def evaluate(
     groups = [question.group for question in pairs.test]
     base_losses, counts = text_losses(target, neutral_test)
 
+    at = SteeredAt(target, t)
+
     def measure(vectors: Sequence[ConceptVector]) -> dict[str, Estimate]:
-        hits: dict[str, list[np.ndarray]] = {}
-        increases = []
-        runs: Sequence[ConceptVector | None] = vectors or [None]
-        for vector in runs:
-            with nullcontext() if vector is None else transplant(target, vector, strength=choice.strength):
-                for name, values in answer_questions(target, questions, pairs.metric).items():
-                    hits.setdefault(name, []).append(values)
-                increases.append(text_losses(target, neutral_test)[0] - base_losses)
-        measured = {name: estimate(np.stack(values), groups=groups, seed=seed) for name, values in hits.items()}
-        return measured | {"loss_increase": estimate(np.stack(increases), counts=counts, seed=seed)}
+        runs = [at.by(vector, choice.strength) for vector in vectors] or [plain(target)]
+        answers = [answer_questions(target, questions, pairs.metric, forward=forward).hits for forward in runs]
+        increases = np.stack([text_losses(target, neutral_test, forward=forward)[0] - base_losses for forward in runs])
+        measured = {name: estimate(np.stack([hits[name] for hits in answers]), groups=groups, seed=seed) for name in answers[0]}
+        return measured | {"loss_increase": estimate(increases, counts=counts, seed=seed)}
 
     return TransferReport(
         concept=pairs.name,
@@ -416,8 +495,8 @@ def evaluate(
         layer_source=s,
         layer_target=t,
         strength=choice.strength,
-        coverage=float(here.coverage(concept)[0]),
-        r2=float(here.r2),
+        coverage=float(chosen.coverage(concept)[0]),
+        r2=float(chosen.r2),
         arms={name: measure(vectors) for name, vectors in arms.items()},
         geometry={
             name: {

@@ -13,7 +13,8 @@ reaches the skip connection; write at `resid_post` instead.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,8 @@ class HookedModel(Protocol):
     def hook_dict(self) -> Any: ...
     @property
     def W_E(self) -> Any: ...
+    @property
+    def blocks(self) -> Any: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def parameters(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -242,6 +245,31 @@ def run_blocks(
         options["stop_at_layer"] = last_layer + 1
     with torch.no_grad():
         model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
+
+
+@contextmanager
+def resumed_after(model: HookedModel, layer: int, resid: Float[Tensor, "prompt pos d_model"]) -> Iterator[None]:
+    """While open, a forward pass runs as if block `layer` had put out `resid`: blocks 0..layer are passed over.
+
+    Hooks on those blocks do not fire. (`start_at_layer` is no help here: a bridge runs the blocks below all the same and
+    cannot start behind the last one.)
+    """
+    blocks = list(model.blocks)[: layer + 1]
+
+    def hand_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    def resume(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return resid
+
+    try:
+        for block in blocks:
+            # Not block.forward = ...: a bridge hands attributes on to the Hugging Face module that it wraps.
+            block.__dict__["forward"] = resume if block is blocks[-1] else hand_on
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
 def embedding_site(model: HookedModel) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _STYLE = {
     "transplanted": ("#0072b2", "o"),
     "uniform": ("#56b4e9", "s"),
+    "random_weighting": ("#56b4e9", "v"),
     "paper": ("#999999", "D"),
     "native": ("#111111", "*"),
     "base": ("#111111", "|"),

@@ -47,10 +47,14 @@ from contrans_tl.refinement import ConceptVector
 
 Method = Literal["ridge", "paper"]
 Weighting = Literal["concept", "uniform"]
+Groups = Sequence[Int[Tensor, "_ _"]]
+"""The rows of each sentence, "sentence size", one tensor for each sentence length."""
 
 RIDGES = tuple(10.0**k for k in torch.linspace(-7, 1, 17).tolist())
 """Ridge strengths tried, as multiples of the mean eigenvalue. Wide, because a few rows of huge norm (attention sinks) move
 the best value a thousandfold."""
+COLUMNS = 128
+"""Random mixtures of the target's dimensions, over all its layers, that ridge strengths are judged by."""
 COVERAGE_RIDGE = 1e-3
 """Ridge of coverage and of the concept weights, as a multiple of the mean diagonal of X^T X."""
 TINY = torch.finfo(torch.float64).tiny
@@ -194,6 +198,11 @@ def _unit_weights(x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"
     return torch.full((len(x),), len(x) ** -0.5).double() if weights is None else (weights / weights.sum()).sqrt()
 
 
+def _weighted_variance(gram: Float[Tensor, "row row"], weights: Float[Tensor, " row"]) -> Float[Tensor, ""]:
+    """sum_i w_i |y_i - mean_w y|^2 from the rows' Gram matrix."""
+    return weights @ gram.diagonal() - weights @ gram @ weights / weights.sum()
+
+
 def _most_rank(x: Float[Tensor, "row d_model"]) -> int:
     """The most directions that centred rows can have."""
     return min(len(x) - 1, x.shape[1])
@@ -203,25 +212,28 @@ def leave_one_sentence_out(
     source: Decomposition,
     y: Float[Tensor, "row d_target"],
     ridge: float,
-    sentences: Sequence[Int[Tensor, "sentence size"]],
+    sentences: Groups,
+    seen: Float[Tensor, "rank d_target"] | None = None,
 ) -> Float[Tensor, "row d_target"]:
     """Residuals of every sentence's rows under the map fitted without that sentence. Exact, without refitting.
 
     Args:
         y: weighted, centred target rows (raw ones for the paper's solver). The result is linear in them, and has their dtype.
         ridge: absolute.
-        sentences: the rows of each sentence, one tensor for each sentence length (see `group_rows`).
+        sentences: as `group_rows` gives them.
+        seen: U^T y, if it is known.
     """
     u = source.u.to(y)
+    seen = u.T @ y if seen is None else seen
     if source.interpolates:
         # I - H = U g U^T with g = lambda / (S^2 + lambda). Residuals and hat matrix both vanish with lambda, their
         # quotient does not: any multiple of g will do, and one of order 1 loses no digits.
         g = 1 / (source.eigenvalues + ridge)
         g = g / g.max()
-        residuals = u @ (g.to(y)[:, None] * (u.T @ y))
+        residuals = u @ (g.to(y)[:, None] * seen)
     else:
         g = ridge / (source.eigenvalues + ridge)
-        residuals = y - u @ ((1 - g).to(y)[:, None] * (u.T @ y))
+        residuals = y - u @ ((1 - g).to(y)[:, None] * seen)
     for members in sentences:
         outside = source.outside(members, g)
         if members.shape[1] == 1:
@@ -231,47 +243,7 @@ def leave_one_sentence_out(
     return residuals
 
 
-@dataclass(frozen=True, eq=False)
-class HeldOutSums:
-    """What the held-out error of many target columns needs to know of them, whatever the ridge: with Y = U Z + Y', residuals
-    before the sentence blocks are U g Z + Y', and summed over columns only their products within a sentence count. For rows
-    that outnumber dimensions and targets that outnumber them too, this is the cheap way to scan ridges."""
-
-    source: Decomposition
-    sentences: list[Int[Tensor, "sentence size"]]
-    seen: Float[Tensor, "rank rank"]
-    """Z Z^T."""
-    cross: Float[Tensor, "row rank"]
-    """Y' Z^T."""
-    unseen: list[Float[Tensor, "sentence i j"]]
-    """Y' Y'^T within each sentence."""
-
-    @classmethod
-    def of(
-        cls,
-        source: Decomposition,
-        y: Float[Tensor, "row column"],
-        sentences: list[Int[Tensor, "sentence size"]],
-    ) -> "HeldOutSums":
-        u = source.u.to(y)
-        z = u.T @ y
-        rest = y - u @ z
-        unseen = [einsum(rest[rows], rest[rows], "sentence i c, sentence j c -> sentence i j").double() for rows in sentences]
-        return cls(source, sentences, (z @ z.T).double(), rest @ z.T, unseen)
-
-    def error(self, ridge: float) -> float:
-        """The squared leave-one-sentence-out residuals, summed over rows and columns; ridge absolute."""
-        u, g = self.source.u, ridge / (self.source.eigenvalues + ridge)
-        half = (u.to(self.cross) @ (g[:, None] * self.seen * g).to(self.cross) + 2 * self.cross * g.to(self.cross)).double()
-        total = 0.0
-        for members, unseen in zip(self.sentences, self.unseen, strict=True):
-            inverse = torch.linalg.inv(self.source.outside(members, g))
-            products = einsum(half[members], u[members], "sentence i rank, sentence j rank -> sentence i j") + unseen
-            total += float((inverse @ inverse * products).sum())
-        return total
-
-
-def group_rows(sentence: Int[Tensor, " row"]) -> list[Int[Tensor, "sentence size"]]:
+def group_rows(sentence: Int[Tensor, " row"]) -> Groups:
     """The rows of each sentence, sentences of one size together."""
     order = sentence.argsort(stable=True)
     sizes = sentence[order].unique_consecutive(return_counts=True)[1].tolist()
@@ -317,13 +289,18 @@ class LayerMaps:
             sentence: with tensors, which sentence each row belongs to; by default each to its own.
 
         Raises:
-            ValueError: different numbers of rows, fewer than two sentences, NaN or infinity, an unknown method.
+            ValueError: different numbers of rows, fewer than two sentences, NaN or infinity, an unknown method, a negative
+                ridge.
         """
+        if not isinstance(source, Activations) and len(source) != len(target):
+            raise ValueError(f"expected paired rows; got {len(source)} of the source and {len(target)} of the target.")
         source = _as_activations(source, "source", sentence)
         target = _as_activations(target, "target", sentence)
         source, target = pair(source, target)
         if method not in ("ridge", "paper"):
             raise ValueError(f"expected method 'ridge' or 'paper'; got {method!r}.")
+        if ridge is not None and not 0 <= ridge < torch.inf:
+            raise ValueError(f"expected a ridge of at least 0, as a multiple of the mean eigenvalue; got {ridge}.")
         if method == "paper" and ridge:
             raise ValueError("method='paper' has no ridge; use method='ridge'.")
         if len(source.sentence.unique()) < 2:
@@ -376,23 +353,23 @@ class LayerMaps:
 
     def _held_out_error(self, layer: int) -> Callable[[float], float]:
         """Of all target layers together, as a function of the absolute ridge."""
-        source = self.decomposition(layer)
-        if self._narrow:
-            y = self._prepared(self._once(("columns", None), self._columns), layer).to(self._dtype)
-            return lambda ridge: float(leave_one_sentence_out(source, y, ridge, self._sentences).square().sum())
-        rows = [self._prepared(self.target.at(t), layer) for t in self.target.layers]
-        y = torch.cat([(y / y.norm().clamp_min(TINY)).to(self._dtype) for y in rows], dim=1)
-        return HeldOutSums.of(source, y, self._sentences).error
+        source, dtype = self.decomposition(layer), self._dtype(layer)
+        y = self._prepared(self._columns, layer).to(dtype)
+        seen = source.u.to(y).T @ y
+        return lambda ridge: float(leave_one_sentence_out(source, y, ridge, self._sentences, seen).square().sum())
 
+    @cached_property
     def _columns(self) -> Float[Tensor, "row column"]:
-        # Columns whose products are the sum of all target layers', each scaled to unit variance; never more than rows. They
-        # stand for the targets in the scan of ridges.
-        if sum(self.target.values.shape[1:]) <= len(self.target):
-            rows = [_weighted_centred(self.target.at(t), None) for t in self.target.layers]
-            return torch.cat([y / y.norm().clamp_min(TINY) for y in rows], dim=1)
-        grams = [self._target_gram(t) for t in self.target.layers]
-        eigenvalues, vectors = torch.linalg.eigh(sum(gram / gram.trace().clamp_min(TINY) for gram in grams))
-        return vectors * eigenvalues.clamp_min(0).sqrt()
+        # Residuals are linear in the target, so their mean square over its dimensions is that of random mixtures of them: a
+        # few mixtures of every layer stand for all it has, the same ones for every source layer and ridge.
+        g, each = torch.Generator().manual_seed(0), max(4, COLUMNS // len(self.target.layers))
+        columns = []
+        for t in self.target.layers:
+            y = self.target.at(t).double()
+            if y.shape[1] > each:
+                y = y @ torch.randint(0, 2, (y.shape[1], each), generator=g).double().mul_(2).sub_(1)
+            columns.append(y / (y - y.mean(0)).norm().clamp_min(TINY))
+        return torch.cat(columns, dim=1)
 
     @cached_property
     def r2(self) -> Float[Tensor, "source_layer target_layer"]:
@@ -401,22 +378,24 @@ class LayerMaps:
         return torch.tensor(rows)
 
     def _r2_row(self, layer: int) -> list[float]:
-        source = self.decomposition(layer)
+        source, dtype, weights = self.decomposition(layer), self._dtype(layer), self._weights(layer)
         ridge = self.ridge(layer) * source.scale
         errors, totals = [], []
         if self._narrow:
-            # Residuals and weighted, centred rows are linear in the rows as given, R = A Y and C Y: |A Y|^2 = <A^T A, Y Y^T>.
-            whole = self._prepared(torch.eye(len(self.source)), layer).to(self._dtype)
-            left_out = leave_one_sentence_out(source, whole, ridge, self._sentences)
-            error, total = ((a.T @ a).flatten() for a in (left_out, whole))
-            for gram in map(self._target_gram, self.target.layers):
-                errors.append(float(error @ gram.flatten().to(error)))
-                totals.append(float(total @ gram.flatten().to(total)))
+            # Residuals are linear in the target's rows as given, R = A Y: |R|^2 = <A^T A, Y Y^T>.
+            whole = self._prepared(torch.eye(len(self.source)), layer).to(dtype)
+            seen = (source.u if weights is None else weights.sqrt()[:, None] * source.u).T.to(dtype)
+            left_out = leave_one_sentence_out(source, whole, ridge, self._sentences, seen)
+            products = (left_out.T @ left_out).flatten()
+            for t in self.target.layers:
+                gram = self._target_gram(t, dtype)
+                errors.append(float(products @ gram.flatten()))
+                totals.append(float(gram.trace() if weights is None else _weighted_variance(gram.double(), weights)))
         else:
             for t in self.target.layers:
-                y = self._prepared(self.target.at(t), layer).to(self._dtype)
-                totals.append(float(y.square().sum()))
+                y = self._prepared(self.target.at(t), layer).to(dtype)
                 errors.append(float(leave_one_sentence_out(source, y, ridge, self._sentences).square().sum()))
+                totals.append(float(y.square().sum()))
         return [1 - error / max(total, TINY) for error, total in zip(errors, totals, strict=True)]
 
     @cached_property
@@ -438,15 +417,17 @@ class LayerMaps:
         """Whether n x n Gram matrices are the smaller ones."""
         return len(self.source) <= self.source.values.shape[-1]
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """In which the ridge is scanned and R2 measured; what enters a map is float64. With about as many rows as dimensions
-        a held-out residual is a small difference divided by a small one, and float32 would not do."""
+    def _dtype(self, layer: int) -> torch.dtype:
+        """In which the ridge is scanned and R2 measured; what enters a map is float64. Float32 would not do for a row that
+        all but decides its own fit, as a held-out residual is then a small difference divided by a small one: with about as
+        many rows as dimensions, or a row far larger than the others (an attention sink), given or made by weights."""
         ratio = len(self.source) / self.source.values.shape[-1]
-        return torch.float64 if 0.9 < ratio < 4 else torch.float32
+        source = self.decomposition(layer)
+        sizes = source.u.square() @ source.eigenvalues
+        return torch.float64 if 0.9 < ratio < 4 or sizes.max() > 30 * sizes.median() else torch.float32
 
     @cached_property
-    def _sentences(self) -> list[Int[Tensor, "sentence size"]]:
+    def _sentences(self) -> Groups:
         return group_rows(self.source.sentence)
 
     def _weights(self, layer: int) -> Float[Tensor, " row"] | None:
@@ -456,24 +437,23 @@ class LayerMaps:
         """Target rows as this source layer's fit sees them: weighted and centred, but for the paper's solver."""
         return y.double() if self.method == "paper" else _weighted_centred(y, self._weights(source_layer))
 
-    def _target_gram(self, layer: int) -> Float[Tensor, "row row"]:
+    def _target_gram(self, layer: int, dtype: torch.dtype) -> Float[Tensor, "row row"]:
         # Without weights, whatever the source layer: weights act from outside (see `_r2_row`).
         def products() -> Float[Tensor, "row row"]:
             y = self.target.at(layer)
-            y = (y if self.method == "paper" else _weighted_centred(y, None)).float()
+            y = (y if self.method == "paper" else _weighted_centred(y, None)).to(dtype)
             return y @ y.T
 
-        return self._once(("gram", layer), products)
+        return self._once((f"gram {dtype}", layer), products)
 
     def _once(self, key: tuple[str, int | None], compute: Callable[[], Any]) -> Any:
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
 
-    def _known(self, **layers: Sequence[int]) -> dict[tuple[str, int | None], Any]:
-        """What has been computed already, by kind and layer."""
-        keys = [(kind, layer) for kind, chosen in layers.items() for layer in chosen]
-        return {key: self._memo[key] for key in keys if key in self._memo}
+    def _known(self, kind: str, layers: Sequence[int]) -> dict[tuple[str, int | None], Any]:
+        """What has been computed already of one kind for these layers."""
+        return {key: value for key, value in self._memo.items() if key[0].startswith(kind) and key[1] in layers}
 
     def _ridges(self, layers: Sequence[int]) -> dict[tuple[str, int | None], Any]:
         # Chosen here and now, so that maps derived from these have the same ridge whenever they are derived.
@@ -552,7 +532,7 @@ class LayerMaps:
         if not bool((weights.sum(1) > 0).all()):
             raise ValueError(f"no row says anything about {concept.name!r}: its coverage is 0, no map carries it.")
         weights = (weights / weights.mean(1, keepdim=True)).float()
-        memo = self._ridges(self.source.layers) | self._known(gram=self.target.layers)
+        memo = self._ridges(self.source.layers) | self._known("gram", self.target.layers)
         return replace(self, weights=weights, fixed_ridge=None, _memo=memo)
 
     def _shown(self, layer: int, v: Float[Tensor, " d_source"]) -> tuple[Float[Tensor, " row"], float]:
@@ -571,7 +551,7 @@ class LayerMaps:
         """The null control: the same rows, weights and ridge strengths with the target's rows permuted, so that nothing pairs
         them, and fitted again."""
         order = torch.randperm(len(self.target), generator=torch.Generator().manual_seed(seed))
-        memo = self._ridges(self.source.layers) | self._known(decomposition=self.source.layers)
+        memo = self._ridges(self.source.layers) | self._known("decomposition", self.source.layers)
         return replace(self, target=replace(self.target, values=self.target.values[order]), _memo=memo)
 
     def only(self, sources: Sequence[int], targets: Sequence[int]) -> "LayerMaps":
@@ -581,7 +561,7 @@ class LayerMaps:
         if (source, target) == (self.source, self.target):
             return self
         weights = None if self.weights is None else self.weights[[self.source.layers.index(s) for s in sources]]
-        memo = self._ridges(sources) | self._known(decomposition=sources, gram=targets)
+        memo = self._ridges(sources) | self._known("decomposition", sources) | self._known("gram", targets)
         return replace(self, source=source, target=target, weights=weights, _memo=memo)
 
     def _check_source(self, concept: ConceptVector) -> None:
@@ -751,6 +731,8 @@ def _as_activations(
     if isinstance(rows, Activations):
         return rows
     n, layers, d_model = rows.shape
+    if sentence is not None and len(sentence) != n:
+        raise ValueError(f"expected the sentence of each of {n} rows; got {len(sentence)}.")
     return Activations(
         values=rows.detach(),
         layers=tuple(range(layers)),

@@ -14,8 +14,8 @@ from contrans_tl.demo import run_demo
 from contrans_tl.evaluation import TransferReport
 from contrans_tl.report import write_report
 
-ARMS = ("base", "transplanted", "uniform", "paper", "native", "shuffled_map", "random", "random_source", "other_concept")
-ARMS += ("neutral_corpus", "sign_flipped")
+ARMS = ("base", "transplanted", "uniform", "random_weighting", "paper", "native", "shuffled_map", "random", "random_source")
+ARMS += ("other_concept", "sign_flipped", "neutral_corpus")
 
 
 def row(seed: str, target: str, what: str, reports: list[TransferReport]) -> str:

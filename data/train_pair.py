@@ -107,9 +107,7 @@ RECIPES = {
         early_steps=500,
         learning_rate=2e-3,
     ),
-    "target-gpt2": Recipe(
-        "bytes", gpt2(n_layer=5, n_embd=160, n_head=5), steps=1500, early_steps=600, learning_rate=2e-3
-    ),
+    "target-gpt2": Recipe("bytes", gpt2(n_layer=5, n_embd=160, n_head=5), steps=1500, early_steps=600, learning_rate=2e-3),
 }
 
 
@@ -142,9 +140,7 @@ def fitted(
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, padding_side="right", **specials
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, padding_side="right", **specials)
 
 
 TOKENIZERS = {"words": word_tokenizer, "bytes": byte_tokenizer}
@@ -155,9 +151,7 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], n: int, rng: Random
-) -> Iterator[list[list[int]]]:
+def batches(tokenizer: PreTrainedTokenizerFast, documents: Iterator[str], n: int, rng: Random) -> Iterator[list[list[int]]]:
     """n batches of documents of similar length: blocks of 32 batches are sorted, cut and shuffled."""
     for start in range(0, n, 32):
         size = min(32, n - start)
@@ -197,9 +191,7 @@ def train(
 
 
 @torch.inference_mode()
-def choose(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, options: Sequence[str]
-) -> str:
+def choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, options: Sequence[str]) -> str:
     """The option with the highest log-likelihood after the prompt."""
     start = len(tokenizer(prompt).input_ids)
     rows = [tokenizer(f"{prompt} {option}").input_ids for option in options]

@@ -388,8 +388,7 @@ class World:
         """Each emotion against the other five; the prompts to steer are those of the other five."""
         sizes: dict[Split, int] = {"refine": 120, "select": 5, "test": 10}
         prompts = {
-            split: {emotion: self._emotion_prompts(split, emotion, n) for emotion in EMOTIONS}
-            for split, n in sizes.items()
+            split: {emotion: self._emotion_prompts(split, emotion, n) for emotion in EMOTIONS} for split, n in sizes.items()
         }
         options = [f" {emotion}" for emotion in EMOTIONS]
         for i, concept in enumerate(EMOTIONS):

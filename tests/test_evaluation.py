@@ -5,19 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, TEXTS
+from conftest import CORPUS, D_MODEL, TEXTS
 
-from contrans_tl import ContrastPairs, Question, refine
+from contrans_tl import ContrastPairs, Question, refine, transplant
 from contrans_tl.evaluation import (
+    SteeredAt,
     answer_questions,
     choose,
     estimate,
     evaluate,
+    plain,
     random_like,
     read_questions,
     text_losses,
 )
+from contrans_tl.models import resumed_after
 from contrans_tl.reformulation import fit_maps
+from contrans_tl.tokens import encode, pad
 
 QUESTIONS = [
     Question("the quick brown fox jumps over the", (" lazy", " quick", " dog"), 0),
@@ -45,11 +49,11 @@ def test_mc1_is_the_option_with_the_largest_sum_of_log_probabilities(architectur
             sums.append(sum(float(logprobs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))))
         best.append(int(np.argmax(sums)))
     asked = [replace(question, answer=answer) for question, answer in zip(QUESTIONS, best, strict=True)]
-    assert answer_questions(model, read_questions(model, asked), "mc1")["mc1"].tolist() == [1, 1, 1]
+    assert answer_questions(model, read_questions(model, asked), "mc1").hits["mc1"].tolist() == [1, 1, 1]
     wrong = [
         replace(question, answer=(answer + 1) % len(question.options)) for question, answer in zip(QUESTIONS, best, strict=True)
     ]
-    assert answer_questions(model, read_questions(model, wrong), "mc1")["mc1"].tolist() == [0, 0, 0]
+    assert answer_questions(model, read_questions(model, wrong), "mc1").hits["mc1"].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -62,8 +66,10 @@ def test_token_accuracy_asks_the_whole_vocabulary_and_logit_accuracy_the_options
     read = read_questions(model, [said])
     firsts = [option[0] for option in read[0].options]
     expected = float(int(logprobs[-1].argmax()) == firsts[0])
-    scores = answer_questions(model, read, "token_accuracy")
+    scores = answer_questions(model, read, "token_accuracy").hits
     assert scores["token_accuracy"].tolist() == [expected]
+    margin = answer_questions(model, read, "token_accuracy").margin
+    assert margin == pytest.approx(float(logprobs[-1, firsts[0]] - logprobs[-1, firsts[1]]), abs=1e-4)  # float32 logits
     assert scores["logit_accuracy"].tolist() == [float(logprobs[-1, firsts[0]] > logprobs[-1, firsts[1]])]
 
 
@@ -159,12 +165,47 @@ def test_two_untrained_models_show_no_transfer_and_the_report_says_so(bridges):
     )
     assert not report.transferred
     assert "no transfer shown" in report.verdict
-    assert {"base", "transplanted", "uniform", "native", "shuffled_map", "random", "random_source", "sign_flipped"} == set(
-        report.arms
-    )
+    assert {
+        "base",
+        "transplanted",
+        "uniform",
+        "native",
+        "shuffled_map",
+        "random",
+        "random_source",
+        "sign_flipped",
+        "random_weighting",
+    } == set(report.arms)
     for arm in ("shuffled_map", "random", "random_source"):
         assert report.geometry[arm]["norm"] == pytest.approx(report.geometry["transplanted"]["norm"], rel=1e-4)
     assert report.geometry["native"]["cosine_to_native"] == pytest.approx(1, abs=1e-5)
     assert report.arms["base"]["loss_increase"].value == 0
     with pytest.raises(ValueError, match="select and test questions"):
         evaluate(target, replace(PAIRS, test=()), refine(source, PAIRS), fit_maps(source, target, sentences), neutral=TEXTS)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "qwen2", "gemma2"])
+def test_steering_that_resumes_at_the_layer_equals_a_transplant(architecture, bridges):
+    model = bridges[architecture]
+    concept = refine(model, PAIRS)
+    tokens, mask = pad([encoding.ids for encoding in encode(model, TEXTS)])
+    before = plain(model)(tokens, mask)
+    for layer in concept.layers:
+        at = SteeredAt(model, layer)
+        for strength in (1.0, -3.0):
+            with transplant(model, concept, strength=strength, layers=[layer]):
+                hooked = plain(model)(tokens, mask)
+            resumed = at.by(concept, strength)(tokens, mask)
+            assert torch.equal(resumed[mask.bool()], hooked[mask.bool()])
+            assert not torch.allclose(resumed[mask.bool()], before[mask.bool()], atol=1e-3)
+    assert torch.equal(plain(model)(tokens, mask), before)
+
+
+def test_a_model_is_whole_again_after_an_exception_while_resumed(bridges):
+    model = bridges["llama"]
+    tokens, mask = pad([encoding.ids for encoding in encode(model, TEXTS)])
+    before = plain(model)(tokens, mask)
+    with pytest.raises(KeyboardInterrupt), resumed_after(model, 1, torch.zeros(len(TEXTS), tokens.shape[1], D_MODEL)):
+        assert not torch.equal(plain(model)(tokens, mask), before)
+        raise KeyboardInterrupt
+    assert torch.equal(plain(model)(tokens, mask), before)

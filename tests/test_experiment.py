@@ -18,7 +18,7 @@ from contrans_tl.report import render
 DATA = demo_data()
 ARMS = {
     "base", "transplanted", "uniform", "paper", "native", "shuffled_map", "random", "random_source", "other_concept",
-    "sign_flipped", "neutral_corpus",
+    "sign_flipped", "neutral_corpus", "random_weighting",
 }  # fmt: skip
 
 
@@ -32,7 +32,10 @@ def test_an_emotion_moves_into_another_family_and_no_null_does(experiment):
     value = {arm: metrics["token_accuracy"].value for arm, metrics in report.arms.items()}
     assert set(value) == ARMS
     assert value["transplanted"] >= 0.8 and value["base"] <= 0.05
-    assert all(value[arm] <= 0.1 for arm in ("shuffled_map", "random", "random_source", "other_concept", "neutral_corpus"))
+    assert all(
+        value[arm] <= 0.1
+        for arm in ("shuffled_map", "random", "random_source", "other_concept", "sign_flipped", "neutral_corpus")
+    )
     assert report.arms["transplanted"]["loss_increase"].value <= 0.5
     assert report.transferred and "above the base and every null" in report.verdict
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from contrans_tl import load_model
 from contrans_tl.models import ModelId
+from contrans_tl.refinement import ConceptVector
 from contrans_tl.reformulation import (
     COVERAGE_RIDGE,
     RIDGES,
     AffineMap,
-    HeldOutSums,
     LayerMaps,
     decompose,
     dual_coefficients,
@@ -32,7 +32,6 @@ from contrans_tl.reformulation import (
     leave_one_sentence_out,
     reformulate,
 )
-from contrans_tl.refinement import ConceptVector
 
 SHAPES = {"more rows than dimensions": (60, 12), "fewer rows than dimensions": (24, 40), "one row more": (21, 20)}
 """(rows, d_source)"""
@@ -235,38 +234,25 @@ def test_the_r2_grid_equals_every_maps_own(shape: tuple[int, int], kind: str) ->
     assert close(maps.r2, direct, 1e-4)
 
 
-@pytest.mark.parametrize("shape", [(130, 30), (60, 12), (30, 60)], ids=["4 times", "5 times", "half"])
-def test_the_ridge_is_the_best_of_all_by_leave_one_sentence_out(shape: tuple[int, int]) -> None:
-    # The scan goes from coarse to fine and through summed products, some of it in float32; here all 17, directly, in float64.
+@pytest.mark.parametrize("shape", [(130, 30), (60, 12), (30, 60), (61, 60)])
+@pytest.mark.parametrize("d_target", [5, 300], ids=["all dimensions", "random mixtures"])
+def test_the_ridge_is_the_best_of_all_by_leave_one_sentence_out(shape: tuple[int, int], d_target: int) -> None:
+    # The scan goes from coarse to fine, over random mixtures of a wide target's dimensions, mostly in float32. Here all 17
+    # strengths over all dimensions in float64: mixtures may pick another only if it is as good to within 1%.
     n, d = shape
-    x, y = related(n, d, layers=(2, 4), d_target=11)
+    x, y = related(n, d, layers=(2, 4), d_target=d_target)
     maps = LayerMaps.fit(x.float(), y.float(), sentence=uneven(n))
     for s in range(2):
         source = decompose(x[:, s])
-        errors = []
+        errors = {}
         for ridge in RIDGES:
-            shares = []
-            for t in range(4):
-                centred = y[:, t] - y[:, t].mean(0)
-                left_out = leave_one_sentence_out(source, centred, ridge * source.scale, group_rows(uneven(n)))
-                shares.append(float(left_out.square().sum() / centred.square().sum()))
-            errors.append(sum(shares))
-        assert maps.ridge(s) == RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
-
-
-@pytest.mark.parametrize("shape", [(60, 12), (21, 20)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_summed_products_give_the_same_held_out_error(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    n, d = shape
-    x, y = related(n, d, d_target=30)
-    source, y = decompose(x[:, 0]), y[:, 0] - y[:, 0].mean(0)
-    sentences = group_rows(uneven(n))
-    sums = HeldOutSums.of(source, y.to(dtype), sentences)
-    if dtype == torch.float32 and n < 4 * d:
-        pytest.skip("there the library uses float64")
-    for ridge in (1e-6, 1e-3, 1.0):
-        direct = leave_one_sentence_out(source, y, ridge * source.scale, sentences).square().sum()
-        assert sums.error(ridge * source.scale) == pytest.approx(float(direct), rel=1e-4 if dtype == torch.float32 else 1e-8)
+            centred = [y[:, t] - y[:, t].mean(0) for t in range(4)]
+            left_out = [leave_one_sentence_out(source, a, ridge * source.scale, group_rows(uneven(n))) for a in centred]
+            errors[ridge] = sum(float((a / b.norm()).square().sum()) for a, b in zip(left_out, centred, strict=True))
+        best = min(errors, key=errors.__getitem__)
+        assert errors[maps.ridge(s)] <= 1.01 * errors[best]
+        if d_target == 5:
+            assert maps.ridge(s) == best
 
 
 @shapes
@@ -314,7 +300,7 @@ def test_coverage_is_one_where_the_corpus_is_rich_and_zero_off_its_span() -> Non
     x, y = related(400, 10)
     full = LayerMaps.fit(x, y)
     strongest = torch.linalg.svd(x[:, 0] - x[:, 0].mean(0), full_matrices=False).Vh[0]
-    assert float(full.coverage(concept_of(full, strongest[None]))) > 0.9999
+    assert float(full.coverage(concept_of(full, strongest[None]))) > 0.999
     flat = x.clone()
     flat[..., 4] = 1.5
     silent = LayerMaps.fit(flat, y)
@@ -395,9 +381,7 @@ def test_derived_maps_do_not_depend_on_what_was_asked_before(shape: tuple[int, i
     ridges = [fresh.ridge(s) for s in range(3)]
 
     def afresh(target: Tensor, weights: Tensor | None = None) -> LayerMaps:
-        return replace(
-            LayerMaps.fit(x, target), weights=weights, _memo={("ridge", s): ridge for s, ridge in enumerate(ridges)}
-        )
+        return replace(LayerMaps.fit(x, target), weights=weights, _memo={("ridge", s): ridge for s, ridge in enumerate(ridges)})
 
     part = maps.only([2, 0], [2])
     assert part.source.layers == (2, 0) and part.target.layers == (2,)
@@ -444,8 +428,10 @@ def rich_maps() -> LayerMaps:
 def test_reformulate_pairs_layers_by_relative_depth_or_as_told() -> None:
     maps = rich_maps()
     concept = random_concept(maps)
-    assert reformulate(concept, maps).provenance["layers"] == [[0, 0], [0, 1], [1, 2], [1, 3]]
-    told = reformulate(concept, maps, layers={1: 0})
+    with pytest.warns(UserWarning, match="hardly shows"):
+        assert reformulate(concept, maps).provenance["layers"] == [[0, 0], [0, 1], [0, 2], [1, 3]]
+    with pytest.warns(UserWarning, match="hardly shows"):
+        told = reformulate(concept, maps, layers={1: 0})
     assert told.layers == (0,) and told.model == maps.target.model
     with pytest.raises(ValueError, match="expected layers of the maps"):
         reformulate(concept, maps, layers={1: 7})
@@ -482,7 +468,7 @@ def test_maps_are_loaded_as_they_were_saved(tmp_path: Path, weighted: bool) -> N
     one = AffineMap.load(maps[1, 2].save(tmp_path / "map.safetensors"))
     assert torch.equal(one.weight, maps[1, 2].weight) and torch.equal(one.bias, maps[1, 2].bias)
     assert one.fit == maps[1, 2].fit
-    with pytest.raises(ValueError, match="expected a affine map|expected an? affine map"):
+    with pytest.raises(ValueError, match="expected an? affine map"):
         AffineMap.load(tmp_path / "maps.safetensors")
 
 
@@ -549,11 +535,11 @@ def test_what_cannot_be_fitted_is_refused_by_a_sentence() -> None:
     with pytest.raises(ValueError, match="at least two sentences; got 20 from one"):
         fit_affine(x, y, sentence=torch.zeros(20, dtype=torch.long))
     with unchecked():
-        with pytest.raises(ValueError, match="20.*19|same number|expected"):
+        with pytest.raises(ValueError, match="expected paired rows; got 20 of the source and 19"):
             fit_affine(x, y[:19])
         with pytest.raises(ValueError, match="expected method"):
             fit_affine(x, y, method="magic")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match="the sentence of each of 20 rows; got 7"):
             fit_affine(x, y, sentence=torch.arange(7))
     with pytest.raises(ValueError, match="has no ridge"):
         fit_affine(x, y, method="paper", ridge=0.1)

@@ -1,0 +1,127 @@
+"""The grid of layer maps: ours, from one decomposition a source layer, against the paper's solver, one SVD a pair.
+
+Ours chooses the ridge, measures held-out R2 of every pair and carries a vector from every layer to every layer. The paper's
+solves F = V S^-1 U^T Y on 80% of the rows of each pair, and multiplies. Both on the same random float32 rows, on one core;
+seconds are those of the processor.
+
+    python tests/benchmarks/grid.py [--quick]
+"""
+
+import argparse
+from functools import partial
+from time import process_time
+from typing import Any
+
+from measure import peak_megabytes  # isort: skip  # first: it settles the number of threads
+import numpy as np
+import torch
+
+from contrans_tl.reformulation import LayerMaps
+
+
+def rows_of(n: int, d_source: int, d_target: int, sources: int, targets: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both models see the same 64 latent variables of falling size, through noise."""
+    g = torch.Generator().manual_seed(0)
+    latent = torch.randn(n, 64, generator=g) * torch.logspace(0, -1, 64)
+    source, target = torch.empty(n, sources, d_source), torch.empty(n, targets, d_target)
+    for side in (source, target):
+        for layer in range(side.shape[1]):
+            d = side.shape[2]
+            side[:, layer] = latent @ torch.randn(64, d, generator=g) + 0.3 * torch.randn(n, d, generator=g)
+    return source, target
+
+
+def ours(source: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+    """Seconds of each part."""
+    vectors, parts = torch.randn(source.shape[1:]), {}
+    maps = LayerMaps.fit(source, target)
+    for part, run in (
+        ("decompositions", lambda: [maps.decomposition(s) for s in maps.source.layers]),
+        ("ridges", lambda: [maps.ridge(s) for s in maps.source.layers]),
+        ("held-out R2", lambda: maps.r2),
+        ("carried vectors", lambda: maps.carry(vectors)),
+    ):
+        start = process_time()
+        run()
+        parts[part] = process_time() - start
+    return parts
+
+
+def grams(source: torch.Tensor, target: torch.Tensor) -> float:
+    """Seconds of the products that nothing can do without: X X^T in float64, Y Y^T in float32, for every layer."""
+    start = process_time()
+    for layer in range(source.shape[1]):
+        x = source[:, layer].double()
+        _ = x @ x.T
+    for layer in range(target.shape[1]):
+        y = target[:, layer].contiguous()
+        _ = y @ y.T
+    return process_time() - start
+
+
+def papers(source: np.ndarray, target: np.ndarray, vectors: np.ndarray, pairs: int) -> float:
+    """Seconds a pair, over the first pairs of the grid."""
+    fitted = int(0.8 * len(source))
+    start = process_time()
+    for pair in range(pairs):
+        s, t = divmod(pair, target.shape[1])
+        u, singular, vh = np.linalg.svd(source[:fitted, s], full_matrices=False)
+        weight = vh.T @ np.diag(1 / singular) @ u.T @ target[:fitted, t]
+        _ = vectors[s] @ weight
+    return (process_time() - start) / pairs
+
+
+def prepare(which: str, shape: tuple[int, int, int, int, int]) -> Any:
+    """For the memory measurement, in a process of its own."""
+    source, target = rows_of(*shape)
+    if which == "ours":
+        return partial(ours, source, target)
+    return partial(papers, source.numpy(), target.numpy(), np.ones(source.shape[1:], dtype=np.float32), 1)
+
+
+def report(name: str, shape: tuple[int, int, int, int, int], pairs: int, grid: tuple[int, int]) -> None:
+    """Measure a (sub-)grid of this shape, project it to the whole grid, print."""
+    source, target = rows_of(*shape)
+    vectors = np.ones(source.shape[1:], dtype=np.float32)
+    n, d_source, d_target, sources, targets = shape
+    ours(source[:100, :1], target[:100, :1])  # warm up
+    half = pairs // 2
+    theirs = papers(source.numpy(), target.numpy(), vectors, half)  # half before and half after ours: the machine varies
+    floor, parts = grams(source, target), ours(source, target)
+    theirs = (theirs + papers(source.numpy(), target.numpy(), vectors, pairs - half)) / 2
+    # All parts grow with the number of source layers, but for the target's Gram matrices, counted once, which grow with
+    # the targets', and what a pair takes, which grows with both.
+    whole = grid[0] * grid[1]
+    sub = (sources, targets)
+    if grid == sub:
+        total = sum(parts.values())
+        floor_whole = floor
+    else:
+        per_source = (parts["decompositions"] + parts["ridges"]) / sources
+        per_pair = (parts["held-out R2"] + parts["carried vectors"]) / (sources * targets)
+        total = per_source * grid[0] + per_pair * whole
+        floor_whole = floor * max(grid[0] / sources, grid[1] / targets)
+    print(
+        f"\n{name}: n={n}, {d_source} -> {d_target}, {grid[0]} x {grid[1]} layers" + (f" (from {sub})" if grid != sub else "")
+    )
+    print("  ours, measured: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items()))
+    print(f"  ours {total:.1f} s, the paper's solver {theirs * whole:.1f} s ({theirs:.3f} s a pair)")
+    print(f"  the paper's over ours: {theirs * whole / total:.1f} x")
+    print(f"  Gram matrices alone {floor_whole:.1f} s; beyond them {100 * (1 - floor_whole / total):.0f}% of our time")
+    for which in ("ours", "paper"):
+        before, added = peak_megabytes(prepare, which, shape)
+        print(f"  peak memory, {which}: {added:.0f} MB beside {before:.0f} MB of rows and libraries")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    if parser.parse_args().quick:
+        report("grid", (200, 256, 320, 3, 4), 4, (3, 4))
+        return
+    report("grid", (800, 1024, 1280, 8, 10), 12, (8, 10))
+    report("the paper's sizes", (1600, 4096, 5120, 2, 4), 2, (32, 40))
+
+
+if __name__ == "__main__":
+    main()

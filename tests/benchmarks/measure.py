@@ -1,0 +1,53 @@
+"""What the benchmarks share: one core, medians of processor seconds, and peak memory in a child process of its own.
+
+Wall time would say how busy the machine is: threads that wait for each other on shared cores take many times as long.
+"""
+
+import multiprocessing
+import os
+import resource
+import statistics
+from collections.abc import Callable
+from time import process_time
+from typing import Any
+
+for library in ("OMP", "MKL", "OPENBLAS"):
+    os.environ[f"{library}_NUM_THREADS"] = "1"
+
+
+def alternate(repeats: int, **sides: Callable[[], Any]) -> dict[str, float]:
+    """Median processor seconds of each side, run in turn so that a busy machine is busy for all; one round first to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats + 1):
+        for name, run in sides.items():
+            start = process_time()
+            run()
+            seconds[name].append(process_time() - start)
+    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
+
+
+def peak_megabytes(prepare: Callable[..., Callable[[], Any]], *args: Any) -> tuple[float, float]:
+    """Resident memory of a fresh process: before the work that `prepare(*args)` returns, and the peak that the work adds.
+
+    What torch allocates is invisible to tracemalloc; the operating system sees all of it.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=_child, args=(there, prepare, args))
+    child.start()
+    there.close()
+    answer = here.recv()
+    child.join()
+    return answer
+
+
+def _child(pipe: Any, prepare: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:
+    work = prepare(*args)
+    before = _resident()
+    work()
+    pipe.send((before, max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 0.0)))
+
+
+def _resident() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
