@@ -70,7 +70,7 @@ def run(
 
     from contrans_tl.experiment import check_disjoint, run_experiment, save_experiment
 
-    check_disjoint(concepts, {str(sentences): corpus, str(neutral or sentences): texts})
+    check_disjoint(concepts, {"the fit corpus": corpus, "the neutral text": texts})
     models = {name: _load(name, device, dtype) for name in dict.fromkeys((source, target))}
     experiment = run_experiment(
         models[source],

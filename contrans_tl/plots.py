@@ -29,7 +29,7 @@ def arms_figure(reports: Mapping[str, TransferReport]) -> "Figure":
     """Every arm of every concept on the test split, with its interval."""
     first = next(iter(reports.values()))
     arms = list(first.arms)
-    figure = _figure(width=11, height=0.9 + 0.26 * len(arms))
+    figure = _figure(width=11.0, height=0.9 + 0.26 * len(arms))
     axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for axis, (name, report) in zip(axes, reports.items(), strict=True):
         for row, arm in enumerate(arms):
@@ -52,7 +52,7 @@ def arms_figure(reports: Mapping[str, TransferReport]) -> "Figure":
 
 def cost_figure(reports: Mapping[str, TransferReport]) -> "Figure":
     """Effect against the increase of neutral-text loss over strengths, on the select split, where strength was chosen."""
-    figure = _figure(width=11, height=2.6)
+    figure = _figure(width=11.0, height=2.6)
     axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for axis, (name, report) in zip(axes, reports.items(), strict=True):
         chosen = (report.layer_source, report.layer_target)

@@ -181,7 +181,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 
 CASES = [
     "missing pairs", "missing corpus", "missing model", "not a model", "not JSON", "other JSON", "one side", "no questions",
-    "shared prompts", "encoding", "empty corpus", "prompts in the corpus", "not an artifact", "no such command", "no such dtype",
+    "shared prompts", "encoding", "empty corpus", "prompts in the corpus", "not an artifact", "no such command",
+    "no such dtype",
 ]  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def test_leaving_a_sentence_out_equals_refitting_without_it(shape: tuple[int, in
         prepared = y
     else:
         prepared = root * (y - (y.mean(0) if weights is None else weights @ y / weights.sum()))
-    found = leave_one_sentence_out(source, prepared, ridge, group_rows(ids))
+    found = leave_one_sentence_out(source, ridge, group_rows(ids)).residuals(prepared)
     for one in ids.unique():
         rest, rows = ids != one, ids == one
         if kind == "paper":
@@ -247,8 +247,8 @@ def test_the_ridge_is_the_best_of_all_by_leave_one_sentence_out(shape: tuple[int
         errors = {}
         for ridge in RIDGES:
             centred = [y[:, t] - y[:, t].mean(0) for t in range(4)]
-            left_out = [leave_one_sentence_out(source, a, ridge * source.scale, group_rows(uneven(n))) for a in centred]
-            errors[ridge] = sum(float((a / b.norm()).square().sum()) for a, b in zip(left_out, centred, strict=True))
+            left_out = leave_one_sentence_out(source, ridge * source.scale, group_rows(uneven(n)))
+            errors[ridge] = sum(float((left_out.residuals(a) / a.norm()).square().sum()) for a in centred)
         best = min(errors, key=errors.__getitem__)
         assert errors[maps.ridge(s)] <= 1.01 * errors[best]
         if d_target == 5:
