@@ -13,7 +13,7 @@ CONCEPTS = ("happiness", "sadness", "anger", "fear", "disgust", "surprise", "hon
 TARGETS = ("target-llama", "target-gpt2")
 UNRELATED = 600
 """Lines of neutral.txt that the neutral-corpus control is fitted on; losses are measured on others."""
-NEUTRAL = 80
+NEUTRAL = 60
 
 
 def demo_data() -> Path:

@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STYLE = {
+    "base": ("#111111", "|"),
+    "native": ("#111111", "*"),
     "transplanted": ("#0072b2", "o"),
     "uniform": ("#56b4e9", "s"),
     "random_weighting": ("#56b4e9", "v"),
     "paper": ("#999999", "D"),
-    "native": ("#111111", "*"),
-    "base": ("#111111", "|"),
 }
+"""Colour and marker, in the order in which arms are drawn; controls follow."""
 _CONTROL = ("#d55e00", "x")
 
 
 def arms_figure(reports: Mapping[str, TransferReport]) -> "Figure":
     """Every arm of every concept on the test split, with its interval."""
     first = next(iter(reports.values()))
-    arms = list(first.arms)
+    arms = [arm for arm in _STYLE if arm in first.arms] + [arm for arm in first.arms if arm not in _STYLE]
     figure = _figure(width=11.0, height=0.9 + 0.26 * len(arms))
     axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
     for axis, (name, report) in zip(axes, reports.items(), strict=True):

@@ -15,7 +15,9 @@ outnumber dimensions, from X X^T otherwise, whichever is smaller - a vector is c
     W v = Y^T a ,    a = U (S^2 + lambda)^-1 U^T X v
 
 and the residuals of leave-one-sentence-out are exact without refitting: with H = q q^T + U S^2 (S^2 + lambda)^-1 U^T, q the
-unit vector along sqrt(w) (the bias), the rows g of a sentence have held-out residuals (I - H_gg)^-1 (Y - H Y)_g.
+unit vector along sqrt(w) (the bias), the rows g of a sentence have held-out residuals (I - H_gg)^-1 (Y - H Y)_g. The ridge
+is the one with the least of them, over all target layers; as they are linear in Y, a few random mixtures of its columns tell.
+Summed over all columns, for R2, they need Y Y^T only.
 
 `method="paper"` is the paper's solver instead: minimum-norm least squares, no bias, no centring, no ridge.
 
@@ -171,9 +173,8 @@ def decompose(
         return Decomposition(u[:, kept], singular[kept] ** 2, x, None, centre)
     rows = _weighted_centred(x, weights)
     n, d_source = x.shape
-    gram = rows @ rows.T if n <= d_source else rows.T @ rows
     # numpy's: three quarters of the time of torch's at n = 800 and 1600 on one core (OpenBLAS, MKL)
-    eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(gram.numpy()))
+    eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(products(rows if n <= d_source else rows.T).numpy()))
     kept = eigenvalues > eigenvalues.max() * max(x.shape) * torch.finfo(torch.float64).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
     u = vectors if n <= d_source else rows @ (vectors / eigenvalues.sqrt())
@@ -186,12 +187,18 @@ def dual_coefficients(
     """a = X (X^T X + lambda I)^-1 v = (X X^T + lambda I)^-1 X v, for one lambda > 0: a Cholesky factorisation of the smaller
     Gram matrix, some twenty times cheaper than the decomposition that serves every lambda."""
     n, d_source = rows.shape
-    gram = rows @ rows.T if n <= d_source else rows.T @ rows
+    gram = products(rows if n <= d_source else rows.T)
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
     if n <= d_source:
         return torch.cholesky_solve((rows @ v)[:, None], factor)[:, 0]
     return rows @ torch.cholesky_solve(v[:, None], factor)[:, 0]
+
+
+def products(x: Float[Tensor, "row column"]) -> Float[Tensor, "row row"]:
+    """X X^T. By numpy, which sees that both factors are the same and computes half."""
+    rows = x.cpu().numpy()
+    return torch.from_numpy(rows @ rows.T)
 
 
 def _weighted_centred(x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"] | None) -> Float[Tensor, "row d_model"]:
@@ -397,10 +404,10 @@ class LayerMaps:
             whole = self._prepared(torch.eye(len(self.source)), layer).to(dtype)
             seen = source.u.to(dtype).T if weights is None else (weights.sqrt()[:, None] * source.u).to(dtype).T
             residuals = left_out.residuals(whole, seen)
-            products = (residuals.T @ residuals).flatten()
+            quadratic = products(residuals.T).flatten()
             for t in self.target.layers:
                 gram = self._target_gram(t, dtype)
-                errors.append(float(products @ gram.flatten()))
+                errors.append(float(quadratic @ gram.flatten()))
                 totals.append(float(gram.trace() if weights is None else _weighted_variance(gram.double(), weights)))
         else:
             for t in self.target.layers:
@@ -415,12 +422,12 @@ class LayerMaps:
         xs = [_weighted_centred(self.source.at(s), None).float() for s in self.source.layers]
         ys = [_weighted_centred(self.target.at(t), None).float() for t in self.target.layers]
         if self._narrow:
-            k, m = (torch.stack([a @ a.T for a in side]) for side in (xs, ys))
+            k, m = (torch.stack([products(a) for a in side]) for side in (xs, ys))
             shared = einsum(k, m, "s i j, t i j -> s t")
             norms = [gram.flatten(1).norm(dim=1) for gram in (k, m)]
         else:
             shared = torch.stack([torch.stack([(x.T @ y).square().sum() for y in ys]) for x in xs])
-            norms = [torch.stack([(a.T @ a).norm() for a in side]) for side in (xs, ys)]
+            norms = [torch.stack([products(a.T).norm() for a in side]) for side in (xs, ys)]
         return shared / (norms[0][:, None] * norms[1])
 
     @property
@@ -450,12 +457,11 @@ class LayerMaps:
 
     def _target_gram(self, layer: int, dtype: torch.dtype) -> Float[Tensor, "row row"]:
         # Without weights, whatever the source layer: weights act from outside (see `_r2_row`).
-        def products() -> Float[Tensor, "row row"]:
-            y = self.target.at(layer)
-            y = (y if self.method == "paper" else _weighted_centred(y, None)).to(dtype)
-            return y @ y.T
+        def gram() -> Float[Tensor, "row row"]:
+            y = self.target.at(layer).to(dtype)
+            return products(y if self.method == "paper" else y - y.mean(0))
 
-        return self._once((f"gram {dtype}", layer), products)
+        return self._once((f"gram {dtype}", layer), gram)
 
     def _once(self, key: tuple[str, int | None], compute: Callable[[], Any]) -> Any:
         if key not in self._memo:
@@ -588,7 +594,7 @@ class LayerMaps:
         tensors |= {"sentence": self.source.sentence, "end": self.source.end}
         if self.weights is not None:
             tensors["weights"] = self.weights
-        about = {
+        about: dict[str, Any] = {
             "method": self.method,
             "ridges": None if self.method == "paper" else [self.ridge(s) for s in self.source.layers],
             "fixed_ridge": self.fixed_ridge,
@@ -620,7 +626,9 @@ class LayerMaps:
             )
             for side in ("source", "target")
         )
-        memo = dict(zip((("ridge", s) for s in source.layers), about["ridges"] or (), strict=False))
+        memo: dict[tuple[str, int | None], Any] = dict(
+            zip((("ridge", s) for s in source.layers), about["ridges"] or (), strict=False)
+        )
         return cls(source, target, about["method"], about["fixed_ridge"], tensors.get("weights"), memo)
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import D_MODEL, N_CTX, N_LAYERS, TEXTS, VOCAB, hooks_on, save_tokenizer
 
 from contrans_tl import ConceptVector, ContrastPairs, collect, identify, refine, transplant
+from contrans_tl.evaluation import SteeredAt, plain
 from contrans_tl.models import HookedModel, hook_name, self_check
 
 try:
@@ -20,7 +21,7 @@ except ImportError:
     HookedTransformer = None
 
 TOLERANCE = 1e-5
-"""The brief's bound; the two classes sum in other orders, which is 1e-6 in float32 at a stream of scale 1 to 10."""
+"""the two classes sum in other orders, which is 1e-6 in float32 at a stream of scale 1 to 10."""
 PAIRS = ContrastPairs("happiness", ("a letter made me feel happy", "happy dog"), ("the lazy dog", "a river feels lazy"))
 TOKENS = torch.tensor([[0, 41, 77, 130, 9, 250]])
 
@@ -122,6 +123,15 @@ if HookedTransformer is not None:
             seen.append((steered[hook_name(1)] - base[hook_name(1)])[..., 0].round())
         assert torch.equal(seen[0], seen[1])
         assert bool((seen[0].sum(1) == 1).all())
+
+    def test_steering_that_resumes_at_the_layer_equals_a_transplant_in_both(both):
+        tokens, mask = TOKENS, torch.ones_like(TOKENS)
+        for model in both:
+            concept = refine(model, PAIRS)
+            for layer in concept.layers:
+                with transplant(model, concept, strength=2.0, layers=[layer]):
+                    hooked = plain(model)(tokens, mask)
+                assert torch.equal(SteeredAt(model, layer).by(concept, 2.0)(tokens, mask), hooked)
 
     def test_the_self_check_passes_and_it_is_a_hooked_model(both):
         hooked, _ = both

@@ -5,9 +5,9 @@ Wall time would say how busy the machine is: threads that wait for each other on
 
 import multiprocessing
 import os
-import resource
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -29,7 +29,8 @@ def alternate(repeats: int, **sides: Callable[[], Any]) -> dict[str, float]:
 def peak_megabytes(prepare: Callable[..., Callable[[], Any]], *args: Any) -> tuple[float, float]:
     """Resident memory of a fresh process: before the work that `prepare(*args)` returns, and the peak that the work adds.
 
-    What torch allocates is invisible to tracemalloc; the operating system sees all of it.
+    What torch allocates is invisible to tracemalloc; the operating system sees all of it. Its ru_maxrss will not do: a child
+    begins with its parent's. Linux only, as VmHWM and its reset are.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -43,11 +44,12 @@ def peak_megabytes(prepare: Callable[..., Callable[[], Any]], *args: Any) -> tup
 
 def _child(pipe: Any, prepare: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:
     work = prepare(*args)
-    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _megabytes("VmRSS")
     work()
-    pipe.send((before, max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 0.0)))
+    pipe.send((before, _megabytes("VmHWM") - before))
 
 
-def _resident() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+def _megabytes(entry: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{entry}:"))
