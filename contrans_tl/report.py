@@ -40,7 +40,7 @@ def render(experiment: "Experiment") -> str:
     """The report as one HTML page, figures inside."""
     about = experiment.about
     models = "; ".join(
-        f"{escape(role)} {escape(model['name'])}, {model['n_layers']} layers of {model['d_model']}"
+        f"{escape(role)}: {escape(model['name'])}, {model['n_layers']} layers of {model['d_model']}"
         for role, model in about["models"].items()
     )
     parts = [

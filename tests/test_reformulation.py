@@ -6,6 +6,7 @@ where rows are far from dimensions, hence 1e-4.
 
 import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +191,16 @@ def test_carrying_equals_the_maps_own_direction(shape: tuple[int, int], kind: st
 # --- held out -------------------------------------------------------------------------------------------------------
 
 
-@shapes
-@pytest.mark.parametrize("kind", ["uniform", "weighted", "paper"])
-@pytest.mark.parametrize("sentence", ["single rows", "uneven sentences"])
-def test_leaving_a_sentence_out_equals_refitting_without_it(shape: tuple[int, int], kind: str, sentence: str) -> None:
-    n, d = shape
+# Without ridge, a fit that lacks several rows is of another kind (it interpolates) than the one that has a row to spare.
+UNDEFINED = ("one row more", "paper", "uneven sentences")
+LEFT_OUT = set(product(SHAPES, ("uniform", "weighted", "paper"), ("single rows", "uneven sentences"))) - {UNDEFINED}
+
+
+@pytest.mark.parametrize("shape, kind, sentence", sorted(LEFT_OUT))
+def test_leaving_a_sentence_out_equals_refitting_without_it(shape: str, kind: str, sentence: str) -> None:
+    n, d = SHAPES[shape]
     x, y = related(n, d)
     x, y = x[:, 0], y[:, 0]
-    if (kind, shape) == ("paper", SHAPES["one row more"]) and sentence == "uneven sentences":
-        pytest.skip("without ridge, a fit that lacks several rows leaves the regime of the one that has them")
     ids = torch.arange(n) if sentence == "single rows" else uneven(n)
     weights = torch.rand(n, dtype=torch.float64) + 0.05 if kind == "weighted" else None
     source = decompose(x, weights, centre=kind != "paper")
