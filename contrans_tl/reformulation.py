@@ -58,6 +58,9 @@ RIDGES = tuple(10.0**k for k in torch.linspace(-7, 1, 17).tolist())
 the best value a thousandfold."""
 COLUMNS = 64
 """Random mixtures of the target's dimensions, over all its layers, that ridge strengths are judged by."""
+DECIDED = 1e-9
+"""Without ridge, a sentence whose rows keep less than this of their residuals decides its own fit; far above float64's
+rounding, far below what two rows in general position keep."""
 COVERAGE_RIDGE = 1e-3
 """Ridge of coverage and of the concept weights, as a multiple of the mean diagonal of X^T X."""
 TINY = torch.finfo(torch.float64).tiny
@@ -78,7 +81,8 @@ class FitReport:
     ridge: float
     """As a multiple of the mean eigenvalue."""
     r2: float
-    """Share of the target's variance predicted, leave-one-sentence-out; 1 - residual / total over all dimensions."""
+    """Share of the target's variance predicted, leave-one-sentence-out; 1 - residual / total over all dimensions. NaN if,
+    without ridge, some sentence alone decides its own fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +235,10 @@ def leave_one_sentence_out(source: Decomposition, ridge: float, sentences: Group
     # I - H = U g U^T with g = lambda / (S^2 + lambda) if the rows interpolate. Residuals and hat matrix both vanish with
     # lambda then, their quotient does not: any multiple of g will do, and one of order 1 loses no digits.
     g = g / g.max() if source.interpolates else ridge * g
-    return LeftOut(source, g, sentences, [torch.linalg.inv(source.outside(members, g)) for members in sentences])
+    outside = [source.outside(members, g) for members in sentences]
+    if ridge == 0 and not source.interpolates:  # a sentence that alone decides a direction: without it, there is no such map
+        outside = [torch.where(torch.linalg.eigvalsh(a)[:, :1, None] > DECIDED, a, torch.nan) for a in outside]
+    return LeftOut(source, g, sentences, [torch.linalg.inv(a) for a in outside])
 
 
 @dataclass(frozen=True, eq=False)

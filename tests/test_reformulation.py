@@ -221,6 +221,18 @@ def test_leaving_a_sentence_out_equals_refitting_without_it(shape: str, kind: st
         assert close(found[rows], factor * (y[rows] - x[rows] @ weight.T - bias), 1e-6)
 
 
+def test_what_no_map_without_ridge_is_left_for_is_nan_not_a_number_by_rounding() -> None:
+    n, d = SHAPES["one row more"]
+    x, y = related(n, d)
+    ids = uneven(n)
+    found = leave_one_sentence_out(decompose(x[:, 0], centre=False), 0.0, group_rows(ids)).residuals(y[:, 0])
+    several = (ids[:, None] == ids).sum(1) > 1  # without such a sentence, fewer rows than dimensions are left
+    assert bool(found[several].isnan().all()) and not bool(found[~several].isnan().any())
+    with pytest.warns(UserWarning, match="minimum-norm"):
+        maps = LayerMaps.fit(x, y, method="paper", sentence=ids)
+    assert bool(maps.r2.isnan().all()) and not bool(maps[0, 0].weight.isnan().any())
+
+
 @shapes
 @pytest.mark.parametrize("kind", ["uniform", "weighted", "paper"])
 def test_the_r2_grid_equals_every_maps_own(shape: tuple[int, int], kind: str) -> None:
