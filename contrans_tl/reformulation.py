@@ -536,7 +536,7 @@ class LayerMaps:
         """For every source layer, the share of the concept that the corpus lets a map see, from the source alone.
 
         v^T X^T X (X^T X + lambda I)^-1 v / |v|^2, lambda = 1e-3 of the mean diagonal of X^T X, X centred. Look at
-        1 - coverage on a logarithmic scale: 0.93 carries nothing, 0.998 nearly all.
+        1 - coverage on a logarithmic scale: on the embedded pair emotions arrive from 0.986 up and not at all from 0.965 down.
         """
         self._check_source(concept)
         return torch.tensor([self._shown(s, concept.at(s).double())[1] for s in self.source.layers])
