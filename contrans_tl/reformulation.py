@@ -65,8 +65,8 @@ COVERAGE_RIDGE = 1e-3
 """Ridge of coverage and of the concept weights, as a multiple of the mean diagonal of X^T X."""
 TINY = torch.finfo(torch.float64).tiny
 """Keeps a layer whose rows are all alike from dividing zero by zero: it counts as not predicted at all."""
-LOW_COVERAGE = 0.97
-"""Below this a warning is given. On the embedded pair (README) corpora below it carried next to nothing."""
+LOW_COVERAGE = 0.984
+"""Below this a warning is given: between what was measured where emotions arrived and where not, see `LayerMaps.coverage`."""
 
 
 @dataclass(frozen=True)
@@ -536,7 +536,8 @@ class LayerMaps:
         """For every source layer, the share of the concept that the corpus lets a map see, from the source alone.
 
         v^T X^T X (X^T X + lambda I)^-1 v / |v|^2, lambda = 1e-3 of the mean diagonal of X^T X, X centred. Look at
-        1 - coverage on a logarithmic scale: on the embedded pair emotions arrive from 0.986 up and not at all from 0.965 down.
+        1 - coverage on a logarithmic scale. On the embedded pair, at the two upper source layers: 0.986 to 0.995 with the corpus
+        that carries the emotions, 0.953 to 0.982 with the one that does not.
         """
         self._check_source(concept)
         return torch.tensor([self._shown(s, concept.at(s).double())[1] for s in self.source.layers])
