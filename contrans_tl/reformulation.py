@@ -536,8 +536,8 @@ class LayerMaps:
         """For every source layer, the share of the concept that the corpus lets a map see, from the source alone.
 
         v^T X^T X (X^T X + lambda I)^-1 v / |v|^2, lambda = 1e-3 of the mean diagonal of X^T X, X centred. Look at
-        1 - coverage on a logarithmic scale. On the embedded pair, at the two upper source layers: 0.986 to 0.995 with the corpus
-        that carries the emotions, 0.953 to 0.982 with the one that does not.
+        1 - coverage on a logarithmic scale. On the embedded pair, at the two upper source layers: 0.986 to 0.995 with the
+        corpus that carries the emotions, 0.953 to 0.982 with the one that does not.
         """
         self._check_source(concept)
         return torch.tensor([self._shown(s, concept.at(s).double())[1] for s in self.source.layers])
