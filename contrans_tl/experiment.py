@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,14 +177,20 @@ def _side_by_side(targets: Mapping[str, HookedModel]) -> Any:
 
 
 def save_experiment(experiment: Experiment, folder: str | os.PathLike[str]) -> None:
-    """Write report.json, report.html and, as safetensors, the refined and the carried concepts and the maps between them."""
+    """Write report.json, report.html and, as safetensors, the refined and the carried concepts and the map between them:
+    `concept`, `moved` and `maps`, with concept and target before the name where there are several."""
     from contrans_tl.report import write_report
 
-    folder = os.fspath(folder)
+    folder = Path(folder)
+    alone = len(experiment.concepts) == len(experiment.transfers) == 1
+
+    def file(*parts: str) -> Path:
+        return folder / ".".join([*(() if alone else parts[:-1]), parts[-1], "safetensors"])
+
     for name, concept in experiment.concepts.items():
-        concept.save(os.path.join(folder, f"{name}.concept.safetensors"))
+        concept.save(file(name, "concept"))
     for target, row in experiment.transfers.items():
         for name, transfer in row.items():
-            transfer.moved.save(os.path.join(folder, f"{name}.{target}.moved.safetensors"))
-            transfer.map.save(os.path.join(folder, f"{name}.{target}.map.safetensors"))
+            transfer.moved.save(file(name, target, "moved"))
+            transfer.map.save(file(name, target, "maps"))
     write_report(experiment, folder)

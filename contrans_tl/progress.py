@@ -2,11 +2,16 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from threading import Lock
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 PATIENCE = 2.0
 """Seconds of work before a bar appears."""
+
+
+_TERMINAL = Lock()
+"""Held by the one bar that is shown: work in several threads, or within other work, shows no second one."""
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
@@ -16,13 +21,15 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     try:
         for done, item in enumerate(items, start=1):
             yield item
-            if bar is None and done < total and time.monotonic() - start > PATIENCE:
+            late = done < total and time.monotonic() - start > PATIENCE
+            if bar is None and late and _TERMINAL.acquire(blocking=False):
                 bar, task = _bar(description, total)
             if bar is not None:
                 bar.update(task, completed=done)
     finally:
         if bar is not None:
             bar.stop()
+            _TERMINAL.release()
 
 
 def _bar(description: str, total: int) -> tuple[Any, Any]:

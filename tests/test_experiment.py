@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrans_tl import AffineMap, ConceptVector, ContrastPairs, LayerMaps, load_model, read_sentences, transplant
+from contrans_tl import AffineMap, ConceptVector, ContrastPairs, LayerMaps, load_model, progress, read_sentences, transplant
 from contrans_tl.__main__ import main
 from contrans_tl.demo import demo_data, run_demo
 from contrans_tl.experiment import check_disjoint, save_experiment
@@ -55,7 +55,7 @@ def test_the_saved_folder_holds_the_numbers_the_vectors_and_a_page_that_stands_a
     assert set(anger["arms"]["transplanted"]) == {"token_accuracy", "logit_accuracy", "loss_increase"}
     assert set(anger["arms"]["base"]["token_accuracy"]) == {"value", "low", "high", "n"}
     moved = ConceptVector.load(tmp_path / "anger.target-gpt2.moved.safetensors")
-    carrier = AffineMap.load(tmp_path / "anger.target-gpt2.map.safetensors")
+    carrier = AffineMap.load(tmp_path / "anger.target-gpt2.maps.safetensors")
     concept = ConceptVector.load(tmp_path / "anger.concept.safetensors")
     through = carrier.direction(concept.at(anger["layer_source"]))
     # float32 storage of a float64 solve
@@ -122,11 +122,7 @@ def test_run_from_the_command_line_leaves_a_report(small, capsys):
     assert "anger" in capsys.readouterr().out
     content = json.loads((small / "out/report.json").read_text())
     assert set(content["targets"]["target-gpt2"]) == {"anger"}
-    assert {path.name for path in (small / "out").glob("*.safetensors")} == {
-        "anger.concept.safetensors",
-        "anger.target-gpt2.moved.safetensors",
-        "anger.target-gpt2.map.safetensors",
-    }
+    assert {path.stem for path in (small / "out").glob("*.safetensors")} == {"concept", "moved", "maps"}
 
 
 def test_the_steps_one_by_one_do_what_the_verbs_do(small, capsys):
@@ -206,3 +202,30 @@ def test_help_answers_without_torch():
     code = "import sys; from contrans_tl.__main__ import main; main(['--help']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("False") and "demo" in out
+
+
+def test_only_one_progress_bar_is_shown_at_a_time(monkeypatch):
+    shown = []
+
+    class Bar:
+        def update(self, task, completed): ...
+
+        def stop(self):
+            shown.append("stopped")
+
+    def bar(description, total):
+        shown.append(description)
+        return Bar(), 0
+
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setattr(progress, "_bar", bar)
+    for _ in progress.track(range(3), "outer", 3):
+        assert list(progress.track(range(3), "inner", 3)) == [0, 1, 2]
+    assert shown == ["inner", "stopped", "outer", "stopped"]
+    shown.clear()
+    outer = progress.track(range(3), "outer", 3)
+    next(outer), next(outer)
+    assert list(progress.track(range(3), "inner", 3)) == [0, 1, 2]
+    assert shown == ["outer"]
+    outer.close()
+    assert shown == ["outer", "stopped"] and not progress._TERMINAL.locked()
