@@ -68,9 +68,9 @@ def run(
     for name in (source, target):
         check_model_name(name)
 
-    from contrans_tl.experiment import check_disjoint, run_experiment, save_experiment
+    from contrans_tl.experiment import check_inputs, run_experiment, save_experiment
 
-    check_disjoint(concepts, {"the fit corpus": corpus, "the neutral text": texts})
+    check_inputs(concepts, {"the fit corpus": corpus, "the neutral text": texts})
     models = {name: _load(name, device, dtype) for name in dict.fromkeys((source, target))}
     experiment = run_experiment(
         models[source],

@@ -58,11 +58,15 @@ class Experiment:
         return {"targets": targets, **self.about}
 
 
-def check_disjoint(concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]]) -> None:
-    """ValueError if a corpus contains a prompt that a concept is refined, chosen or tested on, whatever case and spacing.
-
-    A map fitted on the prompts that it is tested on would prove nothing about other text.
+def check_inputs(concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]]) -> None:
+    """ValueError for two concepts of one name, or a corpus that contains a prompt that a concept is refined, chosen or tested
+    on, whatever case and spacing: a map fitted on the prompts that it is tested on would prove nothing about other text.
     """
+    names = [pairs.name for pairs in concepts]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"expected concepts of different names, as reports and files are named by them; got {twice[0]!r} twice."
+        )
     for corpus, texts in corpora.items():
         text = "\n".join(normalised(sentence) for sentence in texts)
         for pairs in concepts:
@@ -98,12 +102,10 @@ def run_experiment(
         unrelated: a corpus that never shows the concepts; maps fitted on it are one more control, `neutral_corpus`.
 
     Raises:
-        ValueError: a corpus that contains prompts of a concept, or what `evaluate` raises.
+        ValueError: what `check_inputs` or `evaluate` raises.
     """
     start = time.monotonic()
-    check_disjoint(
-        concepts, {"the fit corpus": sentences, "the neutral text": neutral, "the unrelated corpus": unrelated or ()}
-    )
+    check_inputs(concepts, {"the fit corpus": sentences, "the neutral text": neutral, "the unrelated corpus": unrelated or ()})
     refined = {pairs.name: refine(source, pairs, batch_size=batch_size) for pairs in concepts}
     names = list(refined)
     # The paper's rows: the last token of each sentence, its end cut off so that it is not always a full stop.

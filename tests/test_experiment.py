@@ -12,7 +12,7 @@ import torch
 from contrans_tl import AffineMap, ConceptVector, ContrastPairs, LayerMaps, load_model, progress, read_sentences, transplant
 from contrans_tl.__main__ import main
 from contrans_tl.demo import demo_data, run_demo
-from contrans_tl.experiment import check_disjoint, save_experiment
+from contrans_tl.experiment import check_inputs, save_experiment
 from contrans_tl.report import render
 
 DATA = demo_data()
@@ -79,14 +79,14 @@ def test_a_corpus_that_contains_a_prompt_is_refused():
     pairs = ContrastPairs.load(DATA / "concepts/anger.json")
     shouted = "  ".join(pairs.test[0].prompt.upper().split())
     with pytest.raises(ValueError, match="occur in the fit corpus"):
-        check_disjoint([pairs], {"the fit corpus": ["A sentence.", f"So: {shouted} anger."]})
+        check_inputs([pairs], {"the fit corpus": ["A sentence.", f"So: {shouted} anger."]})
 
 
 def test_the_corpora_of_the_demo_contain_no_prompt_and_no_emotion_label():
     generic, neutral = read_sentences(DATA / "generic.txt"), read_sentences(DATA / "neutral.txt")
     concepts = [ContrastPairs.load(path) for path in sorted((DATA / "concepts").glob("*.json"))]
     assert len(concepts) == 7
-    check_disjoint(concepts, {"generic.txt": generic, "neutral.txt": neutral})
+    check_inputs(concepts, {"generic.txt": generic, "neutral.txt": neutral})
     assert not any("emotion of the above" in line.lower() or "Pretend you are" in line for line in generic + neutral)
     emotions = [pairs.name for pairs in concepts if pairs.name != "honesty"]
     assert not any(emotion in line.lower() for emotion in emotions for line in neutral)
@@ -164,6 +164,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "not JSON": (run(pairs=file("broken.json", b'{"positive": [')), "not valid JSON"),
         "other JSON": (run(pairs=file("other.json", {"scenarios": []})), "expected"),
         "one side": (run(pairs=file("one.json", {"positive": ["a"], "negative": []})), "needs both sides"),
+        "one name twice": ([*run(), "--pairs", pairs], "different names"),
         "no questions": (run(pairs=file("bare.json", {"pos": ["a"], "neg": ["b"]})), "select and test questions"),
         "shared prompts": (run(pairs=file("leak.json", leaking)), "more than one of refine, select and test"),
         "encoding": (run(corpus=file("latin.txt", "caf\xe9 au lait".encode("latin-1"))), "expected UTF-8"),
@@ -178,7 +179,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 CASES = [
     "missing pairs", "missing corpus", "missing model", "not a model", "not JSON", "other JSON", "one side", "no questions",
     "shared prompts", "encoding", "empty corpus", "prompts in the corpus", "not an artifact", "no such command",
-    "no such dtype",
+    "no such dtype", "one name twice",
 ]  # fmt: skip
 
 
