@@ -33,7 +33,7 @@ from torch import Tensor
 from contrans_tl.data import ContrastPairs, Metric, Question
 from contrans_tl.models import HookedModel, check_ready, hook_name, identify, resumed_after, run_blocks
 from contrans_tl.refinement import ConceptVector, refine
-from contrans_tl.reformulation import LayerMaps, reformulate
+from contrans_tl.reformulation import UNWEIGHTED, LayerMaps, reformulate
 from contrans_tl.tokens import by_length, encode, pad
 
 STRENGTHS = (1.0, 2.0, 3.0, 5.0)
@@ -428,8 +428,8 @@ def evaluate(
         concept: refined in the source, at the maps' source layers.
         neutral: texts that no map was fitted on; the first half serves the choice of strength, the second the report.
         other: another concept of the source, for the `other_concept` arm.
-        other_maps: further maps, such as the paper's or those of another corpus; each is an arm of its name. A `paper` map's
-            vector is injected as it comes, all others with the norm of the transplanted one.
+        other_maps: further maps, such as the paper's or those of another corpus; each is an arm of its name. What a `paper`
+            or `identity` map carries is injected as it comes, all others' vectors with the norm of the transplanted one.
         n_random: vectors in the `random` arm; a quarter as many in `random_source`.
 
     Raises:
@@ -470,7 +470,7 @@ def evaluate(
     if other is not None:
         arms["other_concept"] = [through(chosen.reweighted(other.only(s)), other.only(s))]
     for name, more in (other_maps or {}).items():
-        if more.method == "paper":
+        if more.method in UNWEIGHTED:
             arms[name] = [through(more)]
         else:
             arms[name] = [through(more.only([s], [t]).reweighted(concept)).matched_to(moved)]

@@ -9,17 +9,14 @@ Rows are paired activations x_i, y_i with weights w_i; X and Y hold the rows sqr
 
     W = Y^T X (X^T X + lambda I)^-1 ,    b = mean_w y - W mean_w x
 
-All pairs of layers share their work. With the thin decomposition X = U S V^T of one source layer - from X^T X when rows
-outnumber dimensions, from X X^T otherwise, whichever is smaller - a vector is carried to every target layer without W:
+All pairs of layers share their work: one decomposition X = U S V^T of a source layer serves every target layer, and carries
+a vector there without W (see `solvers`). The ridge is the one with the least error of leave-one-sentence-out over all target
+layers; as residuals are linear in Y, a few random mixtures of its columns tell. Summed over all columns, for R2, they need
+Y Y^T only.
 
-    W v = Y^T a ,    a = U (S^2 + lambda)^-1 U^T X v
-
-and the residuals of leave-one-sentence-out are exact without refitting: with H = q q^T + U S^2 (S^2 + lambda)^-1 U^T, q the
-unit vector along sqrt(w) (the bias), the rows g of a sentence have held-out residuals (I - H_gg)^-1 (Y - H Y)_g. The ridge
-is the one with the least of them, over all target layers; as they are linear in Y, a few random mixtures of its columns tell.
-Summed over all columns, for R2, they need Y Y^T only.
-
-`method="paper"` is the paper's solver instead: minimum-norm least squares, no bias, no centring, no ridge.
+`method="paper"` is the paper's solver instead: minimum-norm least squares, no bias, no centring, no ridge. `pcr` and
+`reduced_rank` limit the rank, by held-out error; `procrustes` is a rotation and one scale; `identity`, for equal widths,
+moves the mean only: W = I.
 
 Two findings set the defaults (see the README for the measurements). *Coverage* of a concept v,
 v^T X^T X (X^T X + lambda I)^-1 v / |v|^2 with lambda = 1e-3 of the mean diagonal, is the share of v that the corpus lets the
@@ -30,13 +27,12 @@ speaks of the concept.
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Float, Int
@@ -47,24 +43,45 @@ from contrans_tl.activations import Activations, Rows, collect, pair
 from contrans_tl.models import HookedModel, ModelId, check_layers
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
+from contrans_tl.solvers import (
+    TINY,
+    Decomposition,
+    Groups,
+    LeftOut,
+    decompose,
+    dual_coefficients,
+    folds,
+    group_rows,
+    least_squares,
+    leave_one_sentence_out,
+    most_rank,
+    products,
+    rotation,
+    target_directions,
+    weighted_centred,
+    weighted_mean,
+    weighted_variance,
+)
 
-Method = Literal["ridge", "paper"]
+Method = Literal["ridge", "paper", "pcr", "reduced_rank", "procrustes", "identity"]
 Weighting = Literal["concept", "uniform"]
-Groups = Sequence[Int[Tensor, "_ _"]]
-"""The rows of each sentence, "sentence size", one tensor for each sentence length."""
-
+EXACT = ("ridge", "paper")
+"""Methods whose held-out residuals have a closed form."""
+RIDGED = ("ridge", "reduced_rank")
+RANKED = ("pcr", "reduced_rank")
+DUAL = ("ridge", "paper", "pcr")
+"""Methods whose maps are W = Y^T A with A the same for all targets."""
+UNWEIGHTED = ("paper", "identity")
+"""Methods that row weights change nothing in, or that have none."""
 RIDGES = tuple(10.0**k for k in torch.linspace(-7, 1, 17).tolist())
 """Ridge strengths tried, as multiples of the mean eigenvalue. Wide, because a few rows of huge norm (attention sinks) move
 the best value a thousandfold."""
 COLUMNS = 64
 """Random mixtures of the target's dimensions, over all its layers, that ridge strengths are judged by."""
-DECIDED = 1e-9
-"""Without ridge, a sentence whose rows keep less than this of their residuals decides its own fit; far above float64's
-rounding, far below what two rows in general position keep."""
 COVERAGE_RIDGE = 1e-3
 """Ridge of coverage and of the concept weights, as a multiple of the mean diagonal of X^T X."""
-TINY = torch.finfo(torch.float64).tiny
-"""Keeps a layer whose rows are all alike from dividing zero by zero: it counts as not predicted at all."""
+FOLDS = 5
+"""Parts of the sentences held out in turn where leave-one-sentence-out has no closed form."""
 LOW_COVERAGE = 0.984
 """Below this a warning is given: between what was measured where emotions arrived and where not, see `LayerMaps.coverage`."""
 
@@ -77,12 +94,12 @@ class FitReport:
     rows: int
     sentences: int
     rank: int
-    """Rank of the centred source rows; at most the smaller of rows - 1 and d_source."""
+    """Rank of the map; without a limit that of the centred source rows, at most the smaller of rows - 1 and d_source."""
     ridge: float
     """As a multiple of the mean eigenvalue."""
     r2: float
-    """Share of the target's variance predicted, leave-one-sentence-out; 1 - residual / total over all dimensions. NaN if,
-    without ridge, some sentence alone decides its own fit."""
+    """Share of the target's variance predicted, 1 - residual / total over all dimensions: leave-one-sentence-out for `ridge`
+    and `paper` (NaN if, without ridge, some sentence alone decides its own fit), by fifths of the sentences for the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,172 +130,6 @@ class AffineMap:
 
 
 @dataclass(frozen=True, eq=False)
-class Decomposition:
-    """X = U S V^T of the weighted, centred rows of one source layer; V is never formed."""
-
-    u: Float[Tensor, "row rank"]
-    eigenvalues: Float[Tensor, " rank"]
-    """S^2, the non-zero eigenvalues of X^T X."""
-    x: Float[Tensor, "row d_source"]
-    """The rows as given."""
-    weights: Float[Tensor, " row"] | None
-    centre: bool
-
-    @property
-    def rows(self) -> Float[Tensor, "row d_source"]:
-        """X itself, made when asked for: kept for every layer it would take twice the memory of the activations."""
-        return _weighted_centred(self.x, self.weights) if self.centre else self.x.double()
-
-    @property
-    def scale(self) -> float:
-        """The mean eigenvalue, the unit in which ridge strengths are given."""
-        return float(self.eigenvalues.sum()) / _most_rank(self.x)
-
-    @property
-    def interpolates(self) -> bool:
-        """Whether the rows determine every residual: with nothing left outside U, only the ridge keeps a map from
-        reproducing its rows exactly."""
-        return len(self.eigenvalues) == len(self.u) - self.centre
-
-    def dual(self, seen: Float[Tensor, "row ..."], ridge: float) -> Float[Tensor, "row ..."]:
-        """a = U (S^2 + lambda)^-1 U^T X v for `seen` = X v, lambda absolute, so that W v = Y^T a; for X itself, W = Y^T a."""
-        return (self.u / (self.eigenvalues + ridge)) @ (self.u.T @ seen)
-
-    def outside(self, members: Int[Tensor, "sentence size"], kept: Float[Tensor, " rank"]) -> Float[Tensor, "sentence i j"]:
-        """The diagonal blocks (I - H)_gg of every sentence g, H = q q^T + U (1 - kept) U^T. If the rows interpolate this is
-        U kept U^T, which is right for any multiple of `kept` too and takes no difference of near equals."""
-        between = self._within(members, kept if self.interpolates else 1 - kept)
-        if self.interpolates:
-            return between
-        if self.centre:
-            q = _unit_weights(self.x, self.weights)[members]
-            between = between + einsum(q, q, "sentence i, sentence j -> sentence i j")
-        return torch.eye(members.shape[1], dtype=self.u.dtype) - between
-
-    def _within(self, members: Int[Tensor, "sentence size"], kept: Float[Tensor, " rank"]) -> Float[Tensor, "sentence i j"]:
-        """The diagonal blocks of U kept U^T."""
-        if members.shape[1] == 1:
-            return (self.u.square() @ kept)[members][:, :, None]
-        u = self.u[members]
-        return einsum(u * kept, u, "sentence i rank, sentence j rank -> sentence i j")
-
-
-def decompose(
-    x: Float[Tensor, "row d_source"], weights: Float[Tensor, " row"] | None = None, *, centre: bool = True
-) -> Decomposition:
-    """Thin decomposition of the rows by the smaller of their two Gram matrices, in float64.
-
-    Without centring (the paper's solver) it is a singular value decomposition of X itself: squaring would cost half of the
-    digits that a solve without ridge needs. Directions below the precision of the input are dropped.
-    """
-    if not centre:
-        u, singular, _ = torch.linalg.svd(x.double(), full_matrices=False)
-        kept = singular > singular.max() * max(x.shape) * torch.finfo(torch.float64).eps
-        return Decomposition(u[:, kept], singular[kept] ** 2, x, None, centre)
-    rows = _weighted_centred(x, weights)
-    n, d_source = x.shape
-    # numpy's: three quarters of the time of torch's at n = 800 and 1600 on one core (OpenBLAS, MKL)
-    eigenvalues, vectors = map(torch.from_numpy, np.linalg.eigh(products(rows if n <= d_source else rows.T).numpy()))
-    kept = eigenvalues > eigenvalues.max() * max(x.shape) * torch.finfo(torch.float64).eps
-    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    u = vectors if n <= d_source else rows @ (vectors / eigenvalues.sqrt())
-    return Decomposition(u, eigenvalues, x, weights, centre)
-
-
-def dual_coefficients(
-    rows: Float[Tensor, "row d_source"], v: Float[Tensor, " d_source"], ridge: float
-) -> Float[Tensor, " row"]:
-    """a = X (X^T X + lambda I)^-1 v = (X X^T + lambda I)^-1 X v, for one lambda > 0: a Cholesky factorisation of the smaller
-    Gram matrix, some twenty times cheaper than the decomposition that serves every lambda."""
-    n, d_source = rows.shape
-    gram = products(rows if n <= d_source else rows.T)
-    gram.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(gram)
-    if n <= d_source:
-        return torch.cholesky_solve((rows @ v)[:, None], factor)[:, 0]
-    return rows @ torch.cholesky_solve(v[:, None], factor)[:, 0]
-
-
-def products(x: Float[Tensor, "row column"]) -> Float[Tensor, "row row"]:
-    """X X^T. By numpy, which sees that both factors are the same and computes half."""
-    rows = x.cpu().numpy()
-    return torch.from_numpy(rows @ rows.T)
-
-
-def _weighted_centred(x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"] | None) -> Float[Tensor, "row d_model"]:
-    """sqrt(w_i) (x_i - mean_w x), in float64."""
-    x = x.double()
-    if weights is None:
-        return x - x.mean(0)
-    return weights.sqrt()[:, None] * (x - (weights @ x) / weights.sum())
-
-
-def _unit_weights(x: Float[Tensor, "row d_model"], weights: Float[Tensor, " row"] | None) -> Float[Tensor, " row"]:
-    """q, the unit vector along sqrt(w)."""
-    return torch.full((len(x),), len(x) ** -0.5).double() if weights is None else (weights / weights.sum()).sqrt()
-
-
-def _weighted_variance(gram: Float[Tensor, "row row"], weights: Float[Tensor, " row"]) -> Float[Tensor, ""]:
-    """sum_i w_i |y_i - mean_w y|^2 from the rows' Gram matrix."""
-    return weights @ gram.diagonal() - weights @ gram @ weights / weights.sum()
-
-
-def _most_rank(x: Float[Tensor, "row d_model"]) -> int:
-    """The most directions that centred rows can have."""
-    return min(len(x) - 1, x.shape[1])
-
-
-def leave_one_sentence_out(source: Decomposition, ridge: float, sentences: Groups) -> "LeftOut":
-    """What turns target rows into the residuals of every sentence's rows under the map fitted without that sentence. Exact,
-    without refitting. The ridge is absolute; sentences as `group_rows` gives them."""
-    g = 1 / (source.eigenvalues + ridge)
-    # I - H = U g U^T with g = lambda / (S^2 + lambda) if the rows interpolate. Residuals and hat matrix both vanish with
-    # lambda then, their quotient does not: any multiple of g will do, and one of order 1 loses no digits.
-    g = g / g.max() if source.interpolates else ridge * g
-    outside = [source.outside(members, g) for members in sentences]
-    if ridge == 0 and not source.interpolates:  # a sentence that alone decides a direction: without it, there is no such map
-        outside = [torch.where(torch.linalg.eigvalsh(a)[:, :1, None] > DECIDED, a, torch.nan) for a in outside]
-    return LeftOut(source, g, sentences, [torch.linalg.inv(a) for a in outside])
-
-
-@dataclass(frozen=True, eq=False)
-class LeftOut:
-    """Leave-one-sentence-out residuals at one ridge; see `leave_one_sentence_out`."""
-
-    source: Decomposition
-    kept: Float[Tensor, " rank"]
-    """g: the part of each direction that the fit leaves in the residuals."""
-    sentences: Groups
-    inverses: Sequence[Float[Tensor, "_ _ _"]]
-    """(I - H)_gg^-1 of every sentence, one tensor for each sentence length."""
-
-    def residuals(
-        self, y: Float[Tensor, "row d_target"], seen: Float[Tensor, "rank d_target"] | None = None
-    ) -> Float[Tensor, "row d_target"]:
-        """Of weighted, centred target rows (raw ones for the paper's solver). Linear in them, in their dtype; `seen` is U^T y
-        where it is known."""
-        u, g = self.source.u.to(y), self.kept.to(y)[:, None]
-        seen = u.T @ y if seen is None else seen
-        residuals = u @ (g * seen) if self.source.interpolates else y - u @ ((1 - g) * seen)
-        for members, inverse in zip(self.sentences, self.inverses, strict=True):
-            if members.shape[1] == 1:
-                residuals[members[:, 0]] *= inverse[:, 0].to(y)
-            else:
-                residuals[members] = inverse.to(y) @ residuals[members]
-        return residuals
-
-
-def group_rows(sentence: Int[Tensor, " row"]) -> Groups:
-    """The rows of each sentence, sentences of one size together."""
-    order = sentence.argsort(stable=True)
-    sizes = sentence[order].unique_consecutive(return_counts=True)[1].tolist()
-    by_size: dict[int, list[Tensor]] = {}
-    for members in order.split(sizes):
-        by_size.setdefault(len(members), []).append(members)
-    return [torch.stack(group) for group in by_size.values()]
-
-
-@dataclass(frozen=True, eq=False)
 class LayerMaps:
     """The affine maps from every collected source layer to every collected target layer.
 
@@ -291,6 +142,10 @@ class LayerMaps:
     method: Method = "ridge"
     fixed_ridge: float | None = None
     """Ridge strength as a multiple of the mean eigenvalue; None: by leave-one-sentence-out, one for each source layer."""
+    fixed_rank: int | None = None
+    """Of `pcr` and `reduced_rank`; None: by held-out error, one for each source layer or for each pair."""
+    standardise: bool = False
+    """Whether maps are fitted on source dimensions of standard deviation 1."""
     weights: Float[Tensor, "source_layer row"] | None = None
     """Row weights, a set for each source layer; None for uniform ones."""
     _memo: dict[tuple[str, int | None], Any] = field(default_factory=dict, repr=False)
@@ -304,13 +159,21 @@ class LayerMaps:
         *,
         method: Method = "ridge",
         ridge: float | None = None,
+        rank: int | None = None,
+        standardise: bool = False,
         sentence: Int[Tensor, " row"] | None = None,
     ) -> "LayerMaps":
         """Maps from activations, or from paired tensors of your own.
 
         Args:
-            method: `ridge`, centred with bias, or `paper`, the paper's minimum-norm solver without either.
-            ridge: strength as a multiple of the mean eigenvalue; None chooses it by leave-one-sentence-out.
+            method: `ridge`; `paper`, the paper's minimum-norm solver without centring or bias; `pcr`, on the leading principal
+                components of the source; `reduced_rank`, ridge of limited rank; `procrustes`, a scaled rotation;
+                `identity`, for equal widths. All but the paper's have a bias.
+            ridge: of `ridge` and `reduced_rank`, as a multiple of the mean eigenvalue; None chooses it by
+                leave-one-sentence-out.
+            rank: of `pcr` and `reduced_rank`; None chooses it by the error on fifths of the sentences.
+            standardise: fit on source dimensions divided by their standard deviation, so that a ridge or a rank counts them
+                alike. Points and directions go in as they are.
             sentence: with tensors, which sentence each row belongs to; by default each to its own.
 
         Raises:
@@ -322,44 +185,49 @@ class LayerMaps:
         source = _as_activations(source, "source", sentence)
         target = _as_activations(target, "target", sentence)
         source, target = pair(source, target)
-        if method not in ("ridge", "paper"):
-            raise ValueError(f"expected method 'ridge' or 'paper'; got {method!r}.")
-        if ridge is not None and not 0 <= ridge < torch.inf:
-            raise ValueError(f"expected a ridge of at least 0, as a multiple of the mean eigenvalue; got {ridge}.")
-        if method == "paper" and ridge:
-            raise ValueError("method='paper' has no ridge; use method='ridge'.")
+        check_method(method, ridge, rank, standardise, source.values.shape[-1], target.values.shape[-1])
         if len(source.sentence.unique()) < 2:
             raise ValueError(f"expected rows from at least two sentences; got {len(source)} from one.")
         for activations in (source, target):
             if not bool(torch.isfinite(activations.values).all()):
                 raise ValueError(f"activations of {activations.model.name} hold NaN or infinity; try another dtype.")
         rows, d_source = len(source), source.values.shape[-1]
-        if method == "paper" and 0.5 < rows / d_source < 2:
+        if (method == "paper" or ridge == 0) and 0.5 < rows / d_source < 2:
             warnings.warn(
-                f"the paper's solver on {rows} rows of dimension {d_source}: minimum-norm least squares is at its worst when "
-                "the two are near each other (vectors several times too long, in the wrong direction). Use method='ridge'.",
+                f"minimum-norm least squares on {rows} rows of dimension {d_source}: it is at its worst when the two are near "
+                "each other (vectors several times too long, in the wrong direction; `learning_curve` shows it). Leave the "
+                "ridge to method='ridge'.",
                 stacklevel=2,
             )
-        return cls(source, target, method, 0.0 if method == "paper" else ridge)
+        return cls(source, target, method, ridge if method in RIDGED else 0.0, rank, standardise)
 
     def __repr__(self) -> str:
         return (
             f"LayerMaps({self.source.model.name!r} {len(self.source.layers)} layers -> {self.target.model.name!r} "
-            f"{len(self.target.layers)} layers, {self.method}, {len(self.source)} rows"
-            f"{'' if self.weights is None else ', weighted'})"
+            f"{len(self.target.layers)} layers, {self.method}{', standardised' if self.standardise else ''}, "
+            f"{len(self.source)} rows{'' if self.weights is None else ', weighted'})"
         )
 
     # --- what is computed once --------------------------------------------------------------------------------------
 
     def decomposition(self, layer: int) -> Decomposition:
-        """Of one source layer's rows; computed when first asked for."""
+        """Of one source layer's rows, as the maps are fitted on them; computed when first asked for."""
         return self._once(
             ("decomposition", layer),
-            lambda: decompose(self.source.at(layer), self._weights(layer), centre=self.method != "paper"),
+            lambda: decompose(self._fitted_rows(layer), self._weights(layer), centre=self.method != "paper"),
         )
 
+    def reverse(self) -> "LayerMaps":
+        """Maps of the same kind from the target to the source, fitted on the same rows. ValueError for weighted maps, whose
+        weights belong to source layers."""
+        if self.weights is not None:
+            raise ValueError("row weights belong to source layers: reverse the unweighted maps.")
+        chosen: dict[str, Any] = {"ridge": self.fixed_ridge} if self.method in RIDGED else {}
+        chosen |= {"rank": self.fixed_rank, "standardise": self.standardise}
+        return LayerMaps.fit(self.target, self.source, method=self.method, **chosen)
+
     def ridge(self, layer: int) -> float:
-        """Ridge strength of one source layer, as a multiple of its mean eigenvalue."""
+        """Ridge strength of one source layer, as a multiple of its mean eigenvalue; 0 where the method has none."""
         if self.fixed_ridge is not None:
             return self.fixed_ridge
         return self._once(("ridge", layer), lambda: self._choose_ridge(layer))
@@ -379,7 +247,7 @@ class LayerMaps:
     def _held_out_error(self, layer: int) -> Callable[[float], float]:
         """Of all target layers together, as a function of the absolute ridge."""
         source, dtype = self.decomposition(layer), self._dtype(layer)
-        y = self._prepared(self._columns, layer).to(dtype)
+        y = source.prepare(self._columns).to(dtype)
         seen = source.u.to(y).T @ y
         return lambda ridge: float(leave_one_sentence_out(source, ridge, self._sentences).residuals(y, seen).square().sum())
 
@@ -396,29 +264,140 @@ class LayerMaps:
             columns.append(y / (y - y.mean(0)).norm().clamp_min(TINY))
         return torch.cat(columns, dim=1)
 
+    def rank(self, source_layer: int, target_layer: int) -> int:
+        """Rank of the map between two layers. `pcr` has one for each source layer, `reduced_rank` one for each pair."""
+        if self.method == "identity":
+            return self.source.values.shape[-1]
+        if self.method not in RANKED:
+            full = len(self.decomposition(source_layer).eigenvalues)
+            return min(full, self.target.values.shape[-1]) if self.method == "procrustes" else full
+        if self.method == "pcr":
+            return self._once(("rank", source_layer), lambda: self._best_rank(source_layer, self.target.layers))
+        return self._best_rank(source_layer, [target_layer])
+
+    def _best_rank(self, layer: int, targets: Sequence[int]) -> int:
+        # As for the ridge, every target layer counts relative to its variance.
+        ranks, errors = self._tried(layer)
+        relative = errors / torch.stack([self._variance(layer, t) for t in self.target.layers])[:, None]
+        return ranks[int(relative[[self.target.layers.index(t) for t in targets]].sum(0).argmin())]
+
+    def _tried(self, layer: int) -> tuple[list[int], Float[Tensor, "target_layer rank"]]:
+        """The ranks tried and, for every target layer, the squared error by parts of the sentences at each."""
+        most = 1 if self.method == "identity" else len(self.decomposition(layer).eigenvalues)
+        if self.method not in RANKED or self.fixed_rank is not None:
+            ranks = [min(most, self.fixed_rank or most)]
+        else:
+            steps = (round(2 ** (k / 2)) for k in range(2 * most.bit_length()))
+            ranks = sorted({*(rank for rank in steps if rank < most), most})
+
+        def errors() -> Float[Tensor, "target_layer rank"]:
+            table = torch.zeros(len(self.target.layers), len(ranks), dtype=torch.float64)
+            weights = self._weights(layer)
+            for part in self._parts(layer):
+                weight = 1.0 if weights is None else weights[part.held_out, None]
+                for row, t in zip(table, self.target.layers, strict=True):
+                    y = self.target.at(t)[part.held_out].double()
+                    for k, predicted in enumerate(self._predictions(part, layer, t, ranks)):
+                        row[k] += (weight * (y - predicted).square()).sum()
+            return table
+
+        return ranks, self._once(("errors", layer), errors)
+
+    def _parts(self, layer: int) -> Iterator["Part"]:
+        x, weights = self._fitted_rows(layer), self._weights(layer)
+        for fitted, held_out in folds(self.source.sentence, FOLDS):
+            inner = None if weights is None else weights[fitted]
+            there = x[held_out].double()
+            there = there if self.method == "paper" else there - weighted_mean(x[fitted], inner)
+            if self.method == "identity":
+                yield Part(fitted, held_out, inner, None, there)
+            else:
+                source = decompose(x[fitted], inner, centre=self.method != "paper")
+                yield Part(fitted, held_out, inner, source, source.coordinates(there))
+
+    def _predictions(self, part: "Part", s: int, t: int, ranks: Sequence[int]) -> Iterator[Float[Tensor, "held_out d_target"]]:
+        y = self.target.at(t)[part.fitted]
+        for coefficients in self._coefficients(part.source, y, s, ranks):
+            predicted = part.there if coefficients is None else part.there @ coefficients
+            yield predicted if self.method == "paper" else predicted + weighted_mean(y, part.weights)
+
+    def _coefficients(
+        self, source: Decomposition | None, y: Float[Tensor, "row d_target"], layer: int, ranks: Sequence[int]
+    ) -> Iterator[Float[Tensor, "rank d_target"] | None]:
+        """C of the map to these target rows, for every rank where the method limits it; None for the identity."""
+        if source is None:
+            yield None
+            return
+        seen, ridge = source.u.T @ source.prepare(y), self.ridge(layer) * source.scale
+        if self.method == "procrustes":
+            yield rotation(source, seen)
+        elif self.method == "reduced_rank":
+            directions = target_directions(source, seen, ridge)
+            along = least_squares(source, seen, ridge) @ directions
+            for rank in ranks:
+                yield along[:, :rank] @ directions[:, :rank].T
+        elif self.method == "pcr":
+            falling = source.eigenvalues.argsort(descending=True)
+            for rank in ranks:
+                within = torch.zeros_like(seen)
+                within[falling[:rank]] = seen[falling[:rank]]
+                yield least_squares(source, within)
+        else:
+            yield least_squares(source, seen, ridge)
+
+    def held_out(self, source_layer: int, target_layer: int) -> Float[Tensor, "row d_target"]:
+        """Every row as the map fitted without its sentence predicts it; without its part of the sentences where the method has
+        no closed form (all but `ridge` and `paper`), or with weights that are zero somewhere."""
+        s, t = source_layer, target_layer
+        y, weights = self.target.at(t).double(), self._weights(s)
+        if self.method in EXACT and (weights is None or bool((weights > 0).all())):
+            residuals = self._left_out(s).residuals(self.decomposition(s).prepare(y))
+            return (y - (residuals if weights is None else residuals / weights.sqrt()[:, None])).float()
+        predicted = torch.empty_like(y)
+        for part in self._parts(s):
+            predicted[part.held_out] = next(self._predictions(part, s, t, [self.rank(s, t)]))
+        return predicted.float()
+
+    def _left_out(self, layer: int) -> LeftOut:
+        source = self.decomposition(layer)
+        return leave_one_sentence_out(source, self.ridge(layer) * source.scale, self._sentences)
+
+    def _variance(self, source_layer: int, target_layer: int) -> Float[Tensor, ""]:
+        """What R2 is a share of: the target's squared deviations from the mean, weighted as this source layer's rows."""
+        y, weights = self.target.at(target_layer), self._weights(source_layer)
+        y = y.double() if self.method == "paper" else weighted_centred(y, weights)
+        return y.square().sum().clamp_min(TINY)
+
     @cached_property
     def r2(self) -> Float[Tensor, "source_layer target_layer"]:
-        """Held-out R2 of every pair, leave-one-sentence-out: 1 - residual / total, over all dimensions together."""
-        rows = [self._r2_row(s) for s in track(self.source.layers, "held-out R2", len(self.source.layers))]
-        return torch.tensor(rows)
+        """Held-out R2 of every pair, 1 - residual / total over all dimensions together; see `FitReport.r2`."""
+        row = self._r2_row if self.method in EXACT else self._r2_row_by_parts
+        return torch.tensor([row(s) for s in track(self.source.layers, "held-out R2", len(self.source.layers))])
+
+    def _r2_row_by_parts(self, layer: int) -> list[float]:
+        ranks, errors = self._tried(layer)
+        best = [0 if len(ranks) == 1 else ranks.index(self.rank(layer, t)) for t in self.target.layers]
+        return [
+            float(1 - error[k] / self._variance(layer, t)) for t, error, k in zip(self.target.layers, errors, best, strict=True)
+        ]
 
     def _r2_row(self, layer: int) -> list[float]:
         source, dtype, weights = self.decomposition(layer), self._dtype(layer), self._weights(layer)
-        left_out = leave_one_sentence_out(source, self.ridge(layer) * source.scale, self._sentences)
+        left_out = self._left_out(layer)
         errors, totals = [], []
         if self._narrow:
             # Residuals are linear in the target's rows as given, R = A Y: |R|^2 = <A^T A, Y Y^T>.
-            whole = self._prepared(torch.eye(len(self.source)), layer).to(dtype)
+            whole = source.prepare(torch.eye(len(self.source))).to(dtype)
             seen = source.u.to(dtype).T if weights is None else (weights.sqrt()[:, None] * source.u).to(dtype).T
             residuals = left_out.residuals(whole, seen)
             quadratic = products(residuals.T).flatten()
             for t in self.target.layers:
                 gram = self._target_gram(t, dtype)
                 errors.append(float(quadratic @ gram.flatten()))
-                totals.append(float(gram.trace() if weights is None else _weighted_variance(gram.double(), weights)))
+                totals.append(float(gram.trace() if weights is None else weighted_variance(gram.double(), weights)))
         else:
             for t in self.target.layers:
-                y = self._prepared(self.target.at(t), layer).to(dtype)
+                y = source.prepare(self.target.at(t)).to(dtype)
                 errors.append(float(left_out.residuals(y).square().sum()))
                 totals.append(float(y.square().sum()))
         return [1 - error / max(total, TINY) for error, total in zip(errors, totals, strict=True)]
@@ -426,8 +405,8 @@ class LayerMaps:
     @cached_property
     def cka(self) -> Float[Tensor, "source_layer target_layer"]:
         """Linear centred kernel alignment of every pair: |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms."""
-        xs = [_weighted_centred(self.source.at(s), None).float() for s in self.source.layers]
-        ys = [_weighted_centred(self.target.at(t), None).float() for t in self.target.layers]
+        xs = [weighted_centred(self.source.at(s), None).float() for s in self.source.layers]
+        ys = [weighted_centred(self.target.at(t), None).float() for t in self.target.layers]
         if self._narrow:
             k, m = (torch.stack([products(a) for a in side]) for side in (xs, ys))
             shared = einsum(k, m, "s i j, t i j -> s t")
@@ -458,9 +437,21 @@ class LayerMaps:
     def _weights(self, layer: int) -> Float[Tensor, " row"] | None:
         return None if self.weights is None else self.weights[self.source.layers.index(layer)].double()
 
-    def _prepared(self, y: Float[Tensor, "row column"], source_layer: int) -> Float[Tensor, "row column"]:
-        """Target rows as this source layer's fit sees them: weighted and centred, but for the paper's solver."""
-        return y.double() if self.method == "paper" else _weighted_centred(y, self._weights(source_layer))
+    def _fitted_rows(self, layer: int) -> Float[Tensor, "row d_source"]:
+        """Source rows in the units that maps are fitted in."""
+        rows = self.source.at(layer)
+        return rows / self._spread(layer).float() if self.standardise else rows
+
+    def _spread(self, layer: int) -> Float[Tensor, " d_source"]:
+        """Standard deviation of every source dimension, 1 for a constant one; all ones without `standardise`."""
+
+        def spread() -> Float[Tensor, " d_source"]:
+            if not self.standardise:
+                return torch.ones(self.source.values.shape[-1], dtype=torch.float64)
+            deviation = self.source.at(layer).double().std(0)
+            return torch.where(deviation > 0, deviation, 1.0)
+
+        return self._once(("spread", layer), spread)
 
     def _target_gram(self, layer: int, dtype: torch.dtype) -> Float[Tensor, "row row"]:
         # Without weights, whatever the source layer: weights act from outside (see `_r2_row`).
@@ -488,48 +479,58 @@ class LayerMaps:
     def __getitem__(self, layers: tuple[int, int]) -> AffineMap:
         """The affine map of one pair of layers, (source layer, target layer)."""
         s, t = layers
-        source, y = self.decomposition(s), self._prepared(self.target.at(t), s)
-        ridge = self.ridge(s)
-        weight = y.T @ source.dual(source.rows, ridge * source.scale)
-        if self.method == "paper":
-            bias = torch.zeros(len(weight), dtype=torch.float64)
+        x, y, weights = self.source.at(s), self.target.at(t), self._weights(s)
+        source = None if self.method == "identity" else self.decomposition(s)
+        coefficients = next(self._coefficients(source, y, s, [self.rank(s, t)]))
+        if source is None or coefficients is None:
+            weight = torch.eye(y.shape[1], dtype=torch.float64)
         else:
-            x_mean, y_mean = self._mean(self.source.at(s), s), self._mean(self.target.at(t), s)
-            bias = y_mean - weight @ x_mean
-        residuals = leave_one_sentence_out(source, ridge * source.scale, self._sentences).residuals(y)
+            weight = source.weight(coefficients) / self._spread(s)
+        bias = torch.zeros(len(weight), dtype=torch.float64)
+        if self.method != "paper":
+            bias = weighted_mean(y, weights) - weight @ weighted_mean(x, weights)
         report = FitReport(
             method=self.method,
             rows=len(self.source),
             sentences=len(self.source.sentence.unique()),
-            rank=len(source.eigenvalues),
-            ridge=ridge,
-            r2=float(1 - residuals.square().sum() / y.square().sum().clamp_min(TINY)),
+            rank=self.rank(s, t),
+            ridge=self.ridge(s),
+            r2=float(self.only([s], [t]).r2),
         )
         return AffineMap(weight.float(), bias.float(), report)
-
-    def _mean(self, rows: Float[Tensor, "row d_model"], source_layer: int) -> Float[Tensor, " d_model"]:
-        weights = self._weights(source_layer)
-        return rows.double().mean(0) if weights is None else (weights @ rows.double()) / weights.sum()
 
     def carry(
         self, vectors: Float[Tensor, "source_layer d_source"], targets: Sequence[int] | None = None
     ) -> Float[Tensor, "source_layer target_layer d_target"]:
         """W v for a vector at every source layer, to every target layer (or those of `targets`), without forming any W."""
+        targets = self.target.layers if targets is None else targets
         layers = list(zip(self.source.layers, vectors.double(), strict=True))
-        duals = torch.stack([self._dual(s, v) for s, v in track(layers, "carrying the concept", len(layers))])
+        progress = track(layers, "carrying the concept", len(layers))
+        if self.method not in DUAL:
+            return torch.stack([torch.stack([self._carry_one(s, t, v) for t in targets]) for s, v in progress]).float()
+        duals = torch.stack([self._dual(s, v) for s, v in progress])
         # The dual coefficients of a centred fit sum to zero over rows: the target's mean need not be taken out.
-        carried = [duals @ self.target.at(t).double() for t in (self.target.layers if targets is None else targets)]
-        return torch.stack(carried, dim=1).float()
+        return torch.stack([duals @ self.target.at(t).double() for t in targets], dim=1).float()
+
+    def _carry_one(self, s: int, t: int, v: Float[Tensor, " d_source"]) -> Float[Tensor, " d_target"]:
+        if self.method == "identity":
+            return v
+        source = self.decomposition(s)
+        coefficients = next(self._coefficients(source, self.target.at(t), s, [self.rank(s, t)]))
+        assert coefficients is not None
+        return source.coordinates(v / self._spread(s)) @ coefficients
 
     def _dual(self, layer: int, v: Float[Tensor, " d_source"]) -> Float[Tensor, " row"]:
         """The row coefficients a with W v = Y^T a, Y as given."""
-        ridge, weights = self.ridge(layer), self._weights(layer)
+        ridge, weights, v = self.ridge(layer), self._weights(layer), v / self._spread(layer)
         if weights is None or ridge == 0:
             source = self.decomposition(layer)
+            if self.method == "pcr":
+                source = source.leading(self.rank(layer, self.target.layers[0]))
             dual = source.dual(source.rows @ v, ridge * source.scale)
         else:  # the ridge is known: one factorisation will do
-            rows = _weighted_centred(self.source.at(layer), weights)
-            dual = dual_coefficients(rows, v, ridge * float(rows.square().sum()) / _most_rank(rows))
+            rows = weighted_centred(self._fitted_rows(layer), weights)
+            dual = dual_coefficients(rows, v, ridge * float(rows.square().sum()) / most_rank(rows))
         return dual if weights is None else weights.sqrt() * dual
 
     def coverage(self, concept: ConceptVector) -> Float[Tensor, " source_layer"]:
@@ -548,11 +549,11 @@ class LayerMaps:
         ridge strengths stay.
 
         Raises:
-            ValueError: the concept lives elsewhere, no row says anything about it, or the paper's solver.
+            ValueError: the concept lives elsewhere, no row says anything about it, or a method without row weights.
         """
         self._check_source(concept)
-        if self.method == "paper":
-            raise ValueError("the paper's solver has no row weights: pass weighting='uniform'.")
+        if self.method in UNWEIGHTED:
+            raise ValueError(f"method {self.method!r} has no row weights: pass weighting='uniform'.")
         weights = torch.stack([self._shown(s, concept.at(s).double())[0] ** 2 for s in self.source.layers])
         if not bool((weights.sum(1) > 0).all()):
             raise ValueError(f"no row says anything about {concept.name!r}: its coverage is 0, no map carries it.")
@@ -562,13 +563,13 @@ class LayerMaps:
 
     def _shown(self, layer: int, v: Float[Tensor, " d_source"]) -> tuple[Float[Tensor, " row"], float]:
         """How far each row shows the concept, X (X^T X + lambda I)^-1 v without weights, and the concept's coverage."""
-        if self.method == "ridge" and self.weights is None:
+        if self.method not in UNWEIGHTED and self.weights is None and not self.standardise:
             source = self.decomposition(layer)
             rows = source.rows
             floor = COVERAGE_RIDGE * float(source.eigenvalues.sum()) / rows.shape[1]
             shown = source.dual(rows @ v, floor)
         else:
-            rows = _weighted_centred(self.source.at(layer), None)
+            rows = weighted_centred(self.source.at(layer), None)
             shown = dual_coefficients(rows, v, COVERAGE_RIDGE * float(rows.square().sum()) / rows.shape[1])
         return shown, float((rows @ v) @ shown / v.square().sum().clamp_min(TINY))
 
@@ -587,6 +588,8 @@ class LayerMaps:
             return self
         weights = None if self.weights is None else self.weights[[self.source.layers.index(s) for s in sources]]
         memo = self._ridges(sources) | self._known("decomposition", sources) | self._known("gram", targets)
+        if self.method == "pcr":  # its rank serves all target layers, as the ridge does
+            memo |= {("rank", s): self.rank(s, self.target.layers[0]) for s in sources}
         return replace(self, source=source, target=target, weights=weights, _memo=memo)
 
     def _check_source(self, concept: ConceptVector) -> None:
@@ -604,8 +607,10 @@ class LayerMaps:
             tensors["weights"] = self.weights
         about: dict[str, Any] = {
             "method": self.method,
-            "ridges": None if self.method == "paper" else [self.ridge(s) for s in self.source.layers],
+            "ridges": [self.ridge(s) for s in self.source.layers] if self.method in RIDGED else None,
             "fixed_ridge": self.fixed_ridge,
+            "fixed_rank": self.fixed_rank,
+            "standardise": self.standardise,
             "rows": self.source.rows,
             "texts_hash": self.source.texts_hash,
         }
@@ -637,7 +642,37 @@ class LayerMaps:
         memo: dict[tuple[str, int | None], Any] = dict(
             zip((("ridge", s) for s in source.layers), about["ridges"] or (), strict=False)
         )
-        return cls(source, target, about["method"], about["fixed_ridge"], tensors.get("weights"), memo)
+        options = (about["method"], about["fixed_ridge"], about.get("fixed_rank"), about.get("standardise", False))
+        return cls(source, target, *options, tensors.get("weights"), memo)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A fit without some sentences, and those sentences."""
+
+    fitted: Int[Tensor, " fitted"]
+    held_out: Int[Tensor, " held_out"]
+    weights: Float[Tensor, " fitted"] | None
+    source: Decomposition | None
+    """Of the fitted rows; None for the identity."""
+    there: Float[Tensor, "held_out coordinate"]
+    """The rows held out, less the fitted ones' mean, in the coordinates of the decomposition."""
+
+
+def check_method(method: str, ridge: float | None, rank: int | None, standardise: bool, d_source: int, d_target: int) -> None:
+    """ValueError for an unknown method, or options that it does not have."""
+    if method not in get_args(Method):
+        raise ValueError(f"expected a method among {', '.join(get_args(Method))}; got {method!r}.")
+    if ridge is not None and not 0 <= ridge < torch.inf:
+        raise ValueError(f"expected a ridge of at least 0, as a multiple of the mean eigenvalue; got {ridge}.")
+    if ridge and method not in RIDGED:
+        raise ValueError(f"method={method!r} has no ridge; use method='ridge'.")
+    if rank is not None and (method not in RANKED or rank < 1):
+        raise ValueError(f"expected a rank of at least 1 for {' or '.join(RANKED)}; got {rank} for {method!r}.")
+    if standardise and method in UNWEIGHTED:
+        raise ValueError(f"method={method!r} is defined on the rows as they are; standardise belongs to the others.")
+    if method == "identity" and d_source != d_target:
+        raise ValueError(f"method='identity' needs streams of one width; got {d_source} and {d_target}. Use 'procrustes'.")
 
 
 def fit_affine(
@@ -646,10 +681,13 @@ def fit_affine(
     *,
     method: Method = "ridge",
     ridge: float | None = None,
+    rank: int | None = None,
+    standardise: bool = False,
     sentence: Int[Tensor, " row"] | None = None,
 ) -> AffineMap:
     """The affine map between paired rows of your own; see `LayerMaps.fit` for the arguments and errors."""
-    return LayerMaps.fit(x[:, None], y[:, None], method=method, ridge=ridge, sentence=sentence)[0, 0]
+    options: dict[str, Any] = {"method": method, "ridge": ridge, "rank": rank, "standardise": standardise}
+    return LayerMaps.fit(x[:, None], y[:, None], sentence=sentence, **options)[0, 0]
 
 
 def fit_maps(
@@ -660,6 +698,8 @@ def fit_maps(
     rows: Rows = "words",
     method: Method = "ridge",
     ridge: float | None = None,
+    rank: int | None = None,
+    standardise: bool = False,
     source_layers: Sequence[int] | None = None,
     target_layers: Sequence[int] | None = None,
     prepend_bos: bool | None = None,
@@ -671,16 +711,18 @@ def fit_maps(
         sentences: neither labels nor the prompts of any concept, but text in which the concept occurs in passing: a corpus
             that never shows it cannot carry it (`LayerMaps.coverage`).
         rows: the end of every word, aligned by character between tokenizers, or the `last` token (the paper's).
-        method, ridge: see `LayerMaps.fit`.
+        method, ridge, rank, standardise: see `LayerMaps.fit`.
 
     Raises:
         ValueError: as `collect` and `LayerMaps.fit`.
     """
-    check_layers(target_layers, target.cfg.n_layers, str(target.cfg.model_name))  # before the source has run
+    # before either model has run
+    check_method(method, ridge, rank, standardise, source.cfg.d_model, target.cfg.d_model)
+    check_layers(target_layers, target.cfg.n_layers, str(target.cfg.model_name))
     options: dict[str, Any] = {"rows": rows, "prepend_bos": prepend_bos, "batch_size": batch_size}
     x = collect(source, sentences, layers=source_layers, **options)
     y = collect(target, sentences, layers=target_layers, **options)
-    return LayerMaps.fit(x, y, method=method, ridge=ridge)
+    return LayerMaps.fit(x, y, method=method, ridge=ridge, rank=rank, standardise=standardise)
 
 
 def reformulate(

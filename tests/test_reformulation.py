@@ -25,14 +25,11 @@ from contrans_tl.reformulation import (
     RIDGES,
     AffineMap,
     LayerMaps,
-    decompose,
-    dual_coefficients,
     fit_affine,
     fit_maps,
-    group_rows,
-    leave_one_sentence_out,
     reformulate,
 )
+from contrans_tl.solvers import decompose, dual_coefficients, group_rows, leave_one_sentence_out
 
 SHAPES = {"more rows than dimensions": (60, 12), "fewer rows than dimensions": (24, 40), "one row more": (21, 20)}
 """(rows, d_source)"""
@@ -551,7 +548,7 @@ def test_what_cannot_be_fitted_is_refused_by_a_sentence() -> None:
     with unchecked():
         with pytest.raises(ValueError, match="expected paired rows; got 20 of the source and 19"):
             fit_affine(x, y[:19])
-        with pytest.raises(ValueError, match="expected method"):
+        with pytest.raises(ValueError, match="expected a method among"):
             fit_affine(x, y, method="magic")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="the sentence of each of 20 rows; got 7"):
             fit_affine(x, y, sentence=torch.arange(7))

@@ -17,7 +17,8 @@ from measure import peak_megabytes  # isort: skip  # first: it settles the numbe
 import numpy as np
 import torch
 
-from contrans_tl.reformulation import LayerMaps, products
+from contrans_tl.reformulation import LayerMaps
+from contrans_tl.solvers import products
 
 ROUNDS = 3
 """Of ours, the products and some of the paper's pairs; medians are taken over rounds, and over pairs."""
