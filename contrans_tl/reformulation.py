@@ -260,7 +260,7 @@ class LayerMaps:
         for t in self.target.layers:
             y = self.target.at(t).double()
             if y.shape[1] > each:
-                y = y @ torch.randint(0, 2, (y.shape[1], each), generator=g).double().mul_(2).sub_(1)
+                y = y @ torch.randint(0, 2, (y.shape[1], each), generator=g).to(y).mul_(2).sub_(1)
             columns.append(y / (y - y.mean(0)).norm().clamp_min(TINY))
         return torch.cat(columns, dim=1)
 
@@ -387,7 +387,7 @@ class LayerMaps:
         errors, totals = [], []
         if self._narrow:
             # Residuals are linear in the target's rows as given, R = A Y: |R|^2 = <A^T A, Y Y^T>.
-            whole = source.prepare(torch.eye(len(self.source))).to(dtype)
+            whole = source.prepare(torch.eye(len(self.source)).to(source.u)).to(dtype)
             seen = source.u.to(dtype).T if weights is None else (weights.sqrt()[:, None] * source.u).to(dtype).T
             residuals = left_out.residuals(whole, seen)
             quadratic = products(residuals.T).flatten()
@@ -483,10 +483,10 @@ class LayerMaps:
         source = None if self.method == "identity" else self.decomposition(s)
         coefficients = next(self._coefficients(source, y, s, [self.rank(s, t)]))
         if source is None or coefficients is None:
-            weight = torch.eye(y.shape[1], dtype=torch.float64)
+            weight = torch.eye(y.shape[1]).to(y).double()
         else:
             weight = source.weight(coefficients) / self._spread(s)
-        bias = torch.zeros(len(weight), dtype=torch.float64)
+        bias = torch.zeros(len(weight)).to(weight)
         if self.method != "paper":
             bias = weighted_mean(y, weights) - weight @ weighted_mean(x, weights)
         report = FitReport(
@@ -504,7 +504,7 @@ class LayerMaps:
     ) -> Float[Tensor, "source_layer target_layer d_target"]:
         """W v for a vector at every source layer, to every target layer (or those of `targets`), without forming any W."""
         targets = self.target.layers if targets is None else targets
-        layers = list(zip(self.source.layers, vectors.double(), strict=True))
+        layers = list(zip(self.source.layers, vectors.to(self.source.values.device).double(), strict=True))
         progress = track(layers, "carrying the concept", len(layers))
         if self.method not in DUAL:
             return torch.stack([torch.stack([self._carry_one(s, t, v) for t in targets]) for s, v in progress]).float()
@@ -527,7 +527,7 @@ class LayerMaps:
             source = self.decomposition(layer)
             if self.method == "pcr":
                 source = source.leading(self.rank(layer, self.target.layers[0]))
-            dual = source.dual(source.rows @ v, ridge * source.scale)
+            dual = source.dual(source.along(v), ridge * source.scale)
         else:  # the ridge is known: one factorisation will do
             rows = weighted_centred(self._fitted_rows(layer), weights)
             dual = dual_coefficients(rows, v, ridge * float(rows.square().sum()) / most_rank(rows))
@@ -541,7 +541,7 @@ class LayerMaps:
         corpus that carries the emotions, 0.953 to 0.982 with the one that does not.
         """
         self._check_source(concept)
-        return torch.tensor([self._shown(s, concept.at(s).double())[1] for s in self.source.layers])
+        return torch.tensor([self._shown(s, concept.at(s))[1] for s in self.source.layers])
 
     def reweighted(self, concept: ConceptVector) -> "LayerMaps":
         """The same maps fitted with each row counted by what it says about the concept: weights s_i^2,
@@ -554,7 +554,7 @@ class LayerMaps:
         self._check_source(concept)
         if self.method in UNWEIGHTED:
             raise ValueError(f"method {self.method!r} has no row weights: pass weighting='uniform'.")
-        weights = torch.stack([self._shown(s, concept.at(s).double())[0] ** 2 for s in self.source.layers])
+        weights = torch.stack([self._shown(s, concept.at(s))[0] ** 2 for s in self.source.layers])
         if not bool((weights.sum(1) > 0).all()):
             raise ValueError(f"no row says anything about {concept.name!r}: its coverage is 0, no map carries it.")
         weights = (weights / weights.mean(1, keepdim=True)).float()
@@ -563,15 +563,16 @@ class LayerMaps:
 
     def _shown(self, layer: int, v: Float[Tensor, " d_source"]) -> tuple[Float[Tensor, " row"], float]:
         """How far each row shows the concept, X (X^T X + lambda I)^-1 v without weights, and the concept's coverage."""
+        v = v.to(self.source.values.device).double()
         if self.method not in UNWEIGHTED and self.weights is None and not self.standardise:
             source = self.decomposition(layer)
-            rows = source.rows
-            floor = COVERAGE_RIDGE * float(source.eigenvalues.sum()) / rows.shape[1]
-            shown = source.dual(rows @ v, floor)
+            seen = source.along(v)
+            shown = source.dual(seen, COVERAGE_RIDGE * float(source.eigenvalues.sum()) / len(v))
         else:
             rows = weighted_centred(self.source.at(layer), None)
-            shown = dual_coefficients(rows, v, COVERAGE_RIDGE * float(rows.square().sum()) / rows.shape[1])
-        return shown, float((rows @ v) @ shown / v.square().sum().clamp_min(TINY))
+            seen = rows @ v
+            shown = dual_coefficients(rows, v, COVERAGE_RIDGE * float(rows.square().sum()) / len(v))
+        return shown, float(seen @ shown / v.square().sum().clamp_min(TINY))
 
     def shuffled(self, *, seed: int) -> "LayerMaps":
         """The null control: the same rows, weights and ridge strengths with the target's rows permuted, so that nothing pairs
