@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from contrans_tl.activations import Activations as Activations
     from contrans_tl.activations import collect as collect
     from contrans_tl.activations import pair as pair
+    from contrans_tl.affine import AffineMap as AffineMap
     from contrans_tl.data import ContrastPairs as ContrastPairs
     from contrans_tl.data import Question as Question
     from contrans_tl.data import read_sentences as read_sentences
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from contrans_tl.models import load_model as load_model
     from contrans_tl.refinement import ConceptVector as ConceptVector
     from contrans_tl.refinement import refine as refine
-    from contrans_tl.reformulation import AffineMap as AffineMap
     from contrans_tl.reformulation import LayerMaps as LayerMaps
     from contrans_tl.reformulation import fit_affine as fit_affine
     from contrans_tl.reformulation import fit_maps as fit_maps
@@ -44,7 +44,8 @@ _HOME = {
     "evaluation": ("evaluate",),
     "models": ("HookedModel", "ModelId", "identify", "load_model"),
     "refinement": ("ConceptVector", "refine"),
-    "reformulation": ("AffineMap", "LayerMaps", "fit_affine", "fit_maps", "reformulate"),
+    "affine": ("AffineMap",),
+    "reformulation": ("LayerMaps", "fit_affine", "fit_maps", "reformulate"),
     "transplantation": ("Injection", "injection_hooks", "transplant"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from einops import einsum
@@ -40,10 +40,14 @@ from torch import Tensor
 
 from contrans_tl import artifacts
 from contrans_tl.activations import Activations, Rows, collect, pair
+from contrans_tl.affine import DUAL, EXACT, RANKED, RIDGED, UNWEIGHTED, AffineMap, FitReport, Method, check_method
 from contrans_tl.models import HookedModel, ModelId, check_layers
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.solvers import (
+    COVERAGE_RIDGE,
+    FOLDS,
+    RIDGES,
     TINY,
     Decomposition,
     Groups,
@@ -63,70 +67,11 @@ from contrans_tl.solvers import (
     weighted_variance,
 )
 
-Method = Literal["ridge", "paper", "pcr", "reduced_rank", "procrustes", "identity"]
 Weighting = Literal["concept", "uniform"]
-EXACT = ("ridge", "paper")
-"""Methods whose held-out residuals have a closed form."""
-RIDGED = ("ridge", "reduced_rank")
-RANKED = ("pcr", "reduced_rank")
-DUAL = ("ridge", "paper", "pcr")
-"""Methods whose maps are W = Y^T A with A the same for all targets."""
-UNWEIGHTED = ("paper", "identity")
-"""Methods that row weights change nothing in, or that have none."""
-RIDGES = tuple(10.0**k for k in torch.linspace(-7, 1, 17).tolist())
-"""Ridge strengths tried, as multiples of the mean eigenvalue. Wide, because a few rows of huge norm (attention sinks) move
-the best value a thousandfold."""
 COLUMNS = 64
 """Random mixtures of the target's dimensions, over all its layers, that ridge strengths are judged by."""
-COVERAGE_RIDGE = 1e-3
-"""Ridge of coverage and of the concept weights, as a multiple of the mean diagonal of X^T X."""
-FOLDS = 5
-"""Parts of the sentences held out in turn where leave-one-sentence-out has no closed form."""
 LOW_COVERAGE = 0.984
 """Below this a warning is given: between what was measured where emotions arrived and where not, see `LayerMaps.coverage`."""
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """What an affine map was fitted on and how well it does."""
-
-    method: Method
-    rows: int
-    sentences: int
-    rank: int
-    """Rank of the map; without a limit that of the centred source rows, at most the smaller of rows - 1 and d_source."""
-    ridge: float
-    """As a multiple of the mean eigenvalue."""
-    r2: float
-    """Share of the target's variance predicted, 1 - residual / total over all dimensions: leave-one-sentence-out for `ridge`
-    and `paper` (NaN if, without ridge, some sentence alone decides its own fit), by fifths of the sentences for the others."""
-
-
-@dataclass(frozen=True, eq=False)
-class AffineMap:
-    """y = W x + b from one residual stream to another."""
-
-    weight: Float[Tensor, "d_target d_source"]
-    bias: Float[Tensor, " d_target"]
-    fit: FitReport
-
-    def point(self, x: Float[Tensor, "*row d_source"]) -> Float[Tensor, "*row d_target"]:
-        """Carry activations: W x + b."""
-        return x @ self.weight.T + self.bias
-
-    def direction(self, v: Float[Tensor, "*row d_source"]) -> Float[Tensor, "*row d_target"]:
-        """Carry differences of activations, such as concept vectors: W v."""
-        return v @ self.weight.T
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as safetensors."""
-        return artifacts.save(path, "affine map", {"weight": self.weight, "bias": self.bias}, {"fit": vars(self.fit)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "AffineMap":
-        """Read what `save` wrote. ValueError for a truncated, foreign or newer file."""
-        tensors, about = artifacts.load(path, "affine map")
-        return cls(tensors["weight"], tensors["bias"], FitReport(**about["fit"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,9 +262,9 @@ class LayerMaps:
 
     def _predictions(self, part: "Part", s: int, t: int, ranks: Sequence[int]) -> Iterator[Float[Tensor, "held_out d_target"]]:
         y = self.target.at(t)[part.fitted]
+        mean = 0 if self.method == "paper" else weighted_mean(y, part.weights)
         for coefficients in self._coefficients(part.source, y, s, ranks):
-            predicted = part.there if coefficients is None else part.there @ coefficients
-            yield predicted if self.method == "paper" else predicted + weighted_mean(y, part.weights)
+            yield mean + (part.there if coefficients is None else part.there @ coefficients)
 
     def _coefficients(
         self, source: Decomposition | None, y: Float[Tensor, "row d_target"], layer: int, ranks: Sequence[int]
@@ -658,22 +603,6 @@ class Part:
     """Of the fitted rows; None for the identity."""
     there: Float[Tensor, "held_out coordinate"]
     """The rows held out, less the fitted ones' mean, in the coordinates of the decomposition."""
-
-
-def check_method(method: str, ridge: float | None, rank: int | None, standardise: bool, d_source: int, d_target: int) -> None:
-    """ValueError for an unknown method, or options that it does not have."""
-    if method not in get_args(Method):
-        raise ValueError(f"expected a method among {', '.join(get_args(Method))}; got {method!r}.")
-    if ridge is not None and not 0 <= ridge < torch.inf:
-        raise ValueError(f"expected a ridge of at least 0, as a multiple of the mean eigenvalue; got {ridge}.")
-    if ridge and method not in RIDGED:
-        raise ValueError(f"method={method!r} has no ridge; use method='ridge'.")
-    if rank is not None and (method not in RANKED or rank < 1):
-        raise ValueError(f"expected a rank of at least 1 for {' or '.join(RANKED)}; got {rank} for {method!r}.")
-    if standardise and method in UNWEIGHTED:
-        raise ValueError(f"method={method!r} is defined on the rows as they are; standardise belongs to the others.")
-    if method == "identity" and d_source != d_target:
-        raise ValueError(f"method='identity' needs streams of one width; got {d_source} and {d_target}. Use 'procrustes'.")
 
 
 def fit_affine(

@@ -2,7 +2,7 @@
 
 Rows are paired activations x_i, y_i with weights w_i; X and Y hold the rows sqrt(w_i) (x_i - mean_w x), and everything starts
 from the thin decomposition X = U S V^T of one source layer - from X^T X when rows outnumber dimensions, from X X^T otherwise,
-whichever is smaller. V is never formed: V^T v = S^-1 U^T X v. A map is its *coefficients* C, "rank d_target", with
+whichever is smaller. V need not be formed: V^T v = S^-1 U^T X v. A map is its *coefficients* C, "rank d_target", with
 W v = C^T V^T v:
 
     ridge           C = S (S^2 + lambda)^-1 U^T Y              least squares is lambda = 0
@@ -27,6 +27,13 @@ from torch import Tensor
 Groups = Sequence[Int[Tensor, "_ _"]]
 """The rows of each sentence, "sentence size", one tensor for each sentence length."""
 
+RIDGES = tuple(10.0**k for k in torch.linspace(-7, 1, 17).tolist())
+"""Ridge strengths tried, as multiples of the mean eigenvalue. Wide, because a few rows of huge norm (attention sinks) move
+the best value a thousandfold."""
+COVERAGE_RIDGE = 1e-3
+"""Ridge of coverage and of the concept weights, as a multiple of the mean diagonal of X^T X."""
+FOLDS = 5
+"""Parts of the sentences held out in turn where leave-one-sentence-out has no closed form."""
 TINY = torch.finfo(torch.float64).tiny
 """Keeps a layer whose rows are all alike from dividing zero by zero: it counts as not predicted at all."""
 DECIDED = 1e-9
@@ -36,7 +43,7 @@ rounding, far below what two rows in general position keep."""
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """X = U S V^T of the weighted, centred rows of one source layer; V is never formed."""
+    """X = U S V^T of the weighted, centred rows of one source layer, without V."""
 
     u: Float[Tensor, "row rank"]
     eigenvalues: Float[Tensor, " rank"]
@@ -71,8 +78,9 @@ class Decomposition:
         return replace(self, u=self.u[:, kept], eigenvalues=self.eigenvalues[kept])
 
     def coordinates(self, x: Float[Tensor, "*new d_source"]) -> Float[Tensor, "*new rank"]:
-        """x V of vectors, or of rows less the mean."""
-        return (x @ self.rows.T) @ (self.u / self.singular)
+        """x V of a vector, or of rows less the mean."""
+        back = self.u / self.singular
+        return (self.rows @ x) @ back if x.ndim == 1 else x @ (self.rows.T @ back)
 
     def weight(self, coefficients: Float[Tensor, "rank d_target"]) -> Float[Tensor, "d_target d_source"]:
         """W = C^T V^T."""
