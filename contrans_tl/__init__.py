@@ -20,32 +20,50 @@ if TYPE_CHECKING:
     from contrans_tl.activations import collect as collect
     from contrans_tl.activations import pair as pair
     from contrans_tl.affine import AffineMap as AffineMap
+    from contrans_tl.corpora import select_sentences as select_sentences
     from contrans_tl.data import ContrastPairs as ContrastPairs
     from contrans_tl.data import Question as Question
     from contrans_tl.data import read_sentences as read_sentences
     from contrans_tl.evaluation import evaluate as evaluate
+    from contrans_tl.learning import learning_curve as learning_curve
     from contrans_tl.models import HookedModel as HookedModel
     from contrans_tl.models import ModelId as ModelId
     from contrans_tl.models import identify as identify
     from contrans_tl.models import load_model as load_model
+    from contrans_tl.moments import fit_streamed as fit_streamed
+    from contrans_tl.processes import joined as joined
+    from contrans_tl.quality import assess as assess
+    from contrans_tl.quality import split_half as split_half
     from contrans_tl.refinement import ConceptVector as ConceptVector
     from contrans_tl.refinement import refine as refine
     from contrans_tl.reformulation import LayerMaps as LayerMaps
     from contrans_tl.reformulation import fit_affine as fit_affine
     from contrans_tl.reformulation import fit_maps as fit_maps
     from contrans_tl.reformulation import reformulate as reformulate
+    from contrans_tl.shards import StoredActivations as StoredActivations
+    from contrans_tl.shards import store as store
+    from contrans_tl.splicing import splice as splice
+    from contrans_tl.tokens import alignment as alignment
     from contrans_tl.transplantation import Injection as Injection
     from contrans_tl.transplantation import injection_hooks as injection_hooks
     from contrans_tl.transplantation import transplant as transplant
 
 _HOME = {
     "activations": ("Activations", "collect", "pair"),
+    "corpora": ("select_sentences",),
     "data": ("ContrastPairs", "Question", "read_sentences"),
     "evaluation": ("evaluate",),
+    "learning": ("learning_curve",),
     "models": ("HookedModel", "ModelId", "identify", "load_model"),
+    "moments": ("fit_streamed",),
+    "processes": ("joined",),
+    "quality": ("assess", "split_half"),
     "refinement": ("ConceptVector", "refine"),
     "affine": ("AffineMap",),
     "reformulation": ("LayerMaps", "fit_affine", "fit_maps", "reformulate"),
+    "shards": ("StoredActivations", "store"),
+    "splicing": ("splice",),
+    "tokens": ("alignment",),
     "transplantation": ("Injection", "injection_hooks", "transplant"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

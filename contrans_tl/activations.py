@@ -6,26 +6,31 @@
 
 Layer l is the output of block l, `blocks.{l}.hook_resid_post`, before the final norm. (Hugging Face's `hidden_states[-1]` is
 behind that norm: it is not the output of the last block.) One forward pass a batch collects every requested layer and keeps
-only the requested rows, in float32 on the CPU or, with `file=`, in a memory-mapped file.
+only the requested rows, in float32 on the CPU. Rows that memory does not hold go to disk: `shards.store`.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from contrans_tl.models import HookedModel, ModelId, check_layers, check_ready, hook_name, identify, run_blocks
 from contrans_tl.progress import track
-from contrans_tl.tokens import by_length, encode, pad, prepends_bos, word_ends
+from contrans_tl.tokens import ALIGNED, Encoding, by_length, encode, pad, prepends_bos, word_ends
 
 Rows = Literal["last", "words"]
+
+NO_WORD_ENDS = "in none of the texts does a token end where a word ends; use rows='last'."
+
+SINK = 10.0
+"""A row is a sink if its norm is more than this many times the median norm of its layer. Massive activations are entries of
+1000 times the median magnitude (Sun et al., arXiv 2402.17762); one such entry makes a row of 4096 Gaussian ones
+0.67 * 1000 / sqrt(4096) = 10.5 times as long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +64,19 @@ class Activations:
             return self
         return replace(self, values=torch.stack([self.at(layer) for layer in layers], dim=1), layers=tuple(layers))
 
+    def sinks(self) -> Bool[Tensor, " row"]:
+        """Rows that are a sink in any layer."""
+        return torch.stack([sink_rows(x) for x in self.values.unbind(1)]).any(0)
+
     def take(self, rows: Int[Tensor, " kept"]) -> "Activations":
         """These rows only."""
         return replace(self, values=self.values[rows], sentence=self.sentence[rows], end=self.end[rows])
+
+
+def sink_rows(rows: Float[Tensor, "row d_model"]) -> Bool[Tensor, " row"]:
+    """Which rows of a layer have a massive norm: more than `SINK` times the median."""
+    norms = rows.float().norm(dim=-1).cpu()
+    return norms.isfinite() & (norms > SINK * norms.median()) if len(norms) else norms.bool()
 
 
 def collect(
@@ -72,7 +87,6 @@ def collect(
     layers: Sequence[int] | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
-    file: str | os.PathLike[str] | None = None,
 ) -> Activations:
     """The residual stream after the given blocks, at the last real token of every text or at the end of every word.
 
@@ -81,11 +95,31 @@ def collect(
             context is cut and loses the words beyond; with `last` it is an error, as its last token would be another.
         layers: block outputs to keep, counted from 0; all by default.
         prepend_bos: begin every text with the bos token; None is the family's policy in TransformerLens. It is recorded.
-        file: keep the values in this memory-mapped file instead of memory.
 
     Raises:
         ValueError: no texts, a layer the model does not have, a model in training mode, a text beyond the context.
     """
+    texts = check_texts(texts, rows)
+    check_ready(model)
+    layers = check_layers(layers, model.cfg.n_layers, str(model.cfg.model_name))
+    encodings, places = locate(model, texts, rows, prepend_bos)
+    if not any(places):
+        raise ValueError(NO_WORD_ENDS)
+    sentence, end = row_index(places)
+    return Activations(
+        values=read_rows(model, encodings, places, layers, batch_size),
+        layers=layers,
+        sentence=sentence,
+        end=end,
+        model=identify(model),
+        rows=rows,
+        prepend_bos=prepends_bos(model, prepend_bos),
+        texts_hash=hash_texts(texts),
+    )
+
+
+def check_texts(texts: Sequence[str], rows: Rows) -> list[str]:
+    """The texts as a list. ValueError for none, for one text that is no list, and for an unknown kind of rows."""
     if rows not in get_args(Rows):
         raise ValueError(f"expected rows 'last' or 'words'; got {rows!r}.")
     if isinstance(texts, str):
@@ -93,18 +127,36 @@ def collect(
     texts = list(texts)
     if not texts:
         raise ValueError("expected at least one text; got none.")
-    check_ready(model)
-    layers = check_layers(layers, model.cfg.n_layers, str(model.cfg.model_name))
+    return texts
+
+
+def locate(
+    model: HookedModel, texts: Sequence[str], rows: Rows, prepend_bos: bool | None
+) -> tuple[list[Encoding], list[dict[int, int]]]:
+    """Every text as the model reads it, and its rows: {character at which the token ends: the token's position}."""
     encodings = encode(model, texts, prepend_bos=prepend_bos, truncate=rows == "words")
     if rows == "last":
-        places = [{-1: len(encoding.ids) - 1} for encoding in encodings]
-    else:
-        places = [word_ends(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
-    if not any(places):
-        raise ValueError("in none of the texts does a token end where a word ends; use rows='last'.")
+        return encodings, [{-1: len(encoding.ids) - 1} for encoding in encodings]
+    return encodings, [word_ends(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
+
+def row_index(places: Sequence[dict[int, int]], first_text: int = 0) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+    """`sentence` and `end` of the rows that `locate` found, the texts counted from `first_text`."""
+    sentence = [i for i, place in enumerate(places, start=first_text) for _ in place]
+    end = [end for place in places for end in place]
+    return torch.tensor(sentence, dtype=torch.long), torch.tensor(end, dtype=torch.long)
+
+
+def read_rows(
+    model: HookedModel,
+    encodings: Sequence[Encoding],
+    places: Sequence[dict[int, int]],
+    layers: Sequence[int],
+    batch_size: int,
+) -> Float[Tensor, "row layer d_model"]:
+    """Run the model over the texts that `locate` encoded and keep the rows it found."""
     first_row = torch.tensor([0, *map(len, places)]).cumsum(0).tolist()
-    values = _allocate((first_row[-1], len(layers), model.cfg.d_model), file)
+    values = torch.empty(first_row[-1], len(layers), model.cfg.d_model)
     device = next(iter(model.parameters())).device
     batches = by_length([len(encoding.ids) for encoding in encodings], batch_size)
 
@@ -120,46 +172,43 @@ def collect(
         }
         hooks = [(hook_name(layer), partial(keep, slot=slot, **where)) for slot, layer in enumerate(layers)]
         run_blocks(model, tokens, mask, hooks, max(layers))
-
-    return Activations(
-        values=values,
-        layers=layers,
-        sentence=torch.tensor([i for i, place in enumerate(places) for _ in place], dtype=torch.long),
-        end=torch.tensor([end for place in places for end in place], dtype=torch.long),
-        model=identify(model),
-        rows=rows,
-        prepend_bos=prepends_bos(model, prepend_bos),
-        texts_hash=hash_texts(texts),
-    )
+    return values
 
 
 def pair(source: Activations, target: Activations) -> tuple[Activations, Activations]:
     """The rows that both models have: the same text up to the same character, in the same order.
 
     Raises:
-        ValueError: different texts or kinds of rows, or no row in common.
+        ValueError: different texts or kinds of rows, or too few rows in common.
     """
     if (source.texts_hash, source.rows) != (target.texts_hash, target.rows):
         raise ValueError("expected activations of the same texts at the same kind of rows; collect both again alike.")
-    keys = [list(zip(a.sentence.tolist(), a.end.tolist(), strict=True)) for a in (source, target)]
-    if keys[0] == keys[1]:
+    if torch.equal(source.sentence, target.sentence) and torch.equal(source.end, target.end):
         return source, target
-    column = {key: row for row, key in enumerate(keys[1])}
-    shared = [(row, column[key]) for row, key in enumerate(keys[0]) if key in column]
-    if not shared:
-        raise ValueError("the two tokenizers end no token at the same character of any word; use rows='last'.")
-    kept = torch.tensor(shared)
+    kept = shared_rows(source, target)
+    check_shared(len(kept), len(source), len(target))
     return source.take(kept[:, 0]), target.take(kept[:, 1])
+
+
+def check_shared(shared: int, of_source: int, of_target: int) -> None:
+    """ValueError if the models share too few of the rows that either has, as `tokens.check_alignment` says before they run."""
+    if shared < ALIGNED * (of_source + of_target - shared):
+        raise ValueError(
+            f"expected both tokenizers to end a token at {ALIGNED:.0%} of the words at least; they do at {shared}, of "
+            f"{of_source} in the source and {of_target} in the target. Use other texts, or rows='last'."
+        )
+
+
+def shared_rows(source: Activations, target: Activations) -> Int[Tensor, "row 2"]:
+    """Which row of the source goes with which of the target: the same text up to the same character."""
+    keys = [zip(a.sentence.tolist(), a.end.tolist(), strict=True) for a in (source, target)]
+    column = {key: row for row, key in enumerate(keys[1])}
+    return torch.tensor([(row, column[key]) for row, key in enumerate(keys[0]) if key in column], dtype=torch.long).view(-1, 2)
 
 
 def hash_texts(texts: Sequence[str]) -> str:
     """Sixteen hexadecimal digits that stand for these texts in this order."""
-    return hashlib.sha256("\x00".join(texts).encode()).hexdigest()[:16]
-
-
-def _allocate(shape: tuple[int, int, int], file: str | os.PathLike[str] | None) -> Float[Tensor, "row layer d_model"]:
-    if file is None:
-        return torch.empty(shape)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    flat = torch.from_file(os.fspath(file), shared=True, size=shape[0] * shape[1] * shape[2], dtype=torch.float32)
-    return flat.view(shape)
+    digest = hashlib.sha256()
+    for i, text in enumerate(texts):
+        digest.update(("\x00" * (i > 0) + text).encode())
+    return digest.hexdigest()[:16]

@@ -41,7 +41,10 @@ class FitReport:
     """As a multiple of the mean eigenvalue."""
     r2: float
     """Share of the target's variance predicted, 1 - residual / total over all dimensions: leave-one-sentence-out for `ridge`
-    and `paper` (NaN if, without ridge, some sentence alone decides its own fit), by fifths of the sentences for the others."""
+    and `paper` (NaN if, without ridge, some sentence alone decides its own fit), by fifths of the sentences for the
+    others, on one fifth for rows on disk."""
+    sinks: int = 0
+    """Rows of massive norm that were left out."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ gives every row the weight s_i^2, s_i = |(x_i - mean)^T (X^T X + lambda I)^-1 v|
 speaks of the concept.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,11 +40,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrans_tl import artifacts
-from contrans_tl.activations import Activations, Rows, collect, pair
+from contrans_tl.activations import Activations, Rows, check_texts, collect, pair
 from contrans_tl.affine import DUAL, EXACT, RANKED, RIDGED, UNWEIGHTED, AffineMap, FitReport, Method, check_method
-from contrans_tl.models import HookedModel, ModelId, check_layers
+from contrans_tl.models import HookedModel, ModelId, check_layers, check_model_name, load_model
+from contrans_tl.moments import fit_streamed
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
+from contrans_tl.shards import StoredActivations, store
 from contrans_tl.solvers import (
     COVERAGE_RIDGE,
     FOLDS,
@@ -66,10 +69,15 @@ from contrans_tl.solvers import (
     weighted_mean,
     weighted_variance,
 )
+from contrans_tl.tokens import check_alignment
 
 Weighting = Literal["concept", "uniform"]
 COLUMNS = 64
 """Random mixtures of the target's dimensions, over all its layers, that ridge strengths are judged by."""
+SAMPLE = 4000
+"""Rows that the grids of a corpus on disk are fitted on: n x n products of so many are seconds for each layer."""
+ALIGNMENT_TEXTS = 1000
+"""Texts on which the alignment of two tokenizers is checked before a model runs; `pair` sees the rest."""
 LOW_COVERAGE = 0.984
 """Below this a warning is given: between what was measured where emotions arrived and where not, see `LayerMaps.coverage`."""
 
@@ -93,6 +101,13 @@ class LayerMaps:
     """Whether maps are fitted on source dimensions of standard deviation 1."""
     weights: Float[Tensor, "source_layer row"] | None = None
     """Row weights, a set for each source layer; None for uniform ones."""
+    stored: tuple[StoredActivations, StoredActivations] | None = None
+    """All rows, on disk, where `source` and `target` are a sample: `maps[s, t]` and what `reformulate` carries between the
+    layers it was told are fitted on all of them, the grids on the sample."""
+    weighted_for: ConceptVector | None = None
+    """The concept that the rows are weighted for."""
+    sinks: tuple[Activations, Activations] | None = None
+    """Rows of massive norm in either model, which no map is fitted on."""
     _memo: dict[tuple[str, int | None], Any] = field(default_factory=dict, repr=False)
     """What has been computed, by kind and layer. Never shared: what derives maps from these hands over what still holds."""
 
@@ -106,6 +121,7 @@ class LayerMaps:
         ridge: float | None = None,
         rank: int | None = None,
         standardise: bool = False,
+        sinks: Literal["drop", "keep"] = "drop",
         sentence: Int[Tensor, " row"] | None = None,
     ) -> "LayerMaps":
         """Maps from activations, or from paired tensors of your own.
@@ -119,6 +135,8 @@ class LayerMaps:
             rank: of `pcr` and `reduced_rank`; None chooses it by the error on fifths of the sentences.
             standardise: fit on source dimensions divided by their standard deviation, so that a ridge or a rank counts them
                 alike. Points and directions go in as they are.
+            sinks: `drop` rows of massive norm in any layer of either model (`activations.SINK`): a few of them would outweigh
+                all others, and what they say is the same in every sentence. `paper` keeps them, as the paper does.
             sentence: with tensors, which sentence each row belongs to; by default each to its own.
 
         Raises:
@@ -130,6 +148,11 @@ class LayerMaps:
         source = _as_activations(source, "source", sentence)
         target = _as_activations(target, "target", sentence)
         source, target = pair(source, target)
+        massive = source.sinks() | target.sinks() if sinks == "drop" and method != "paper" else torch.zeros(len(source)).bool()
+        apart = None
+        if bool(massive.any()):
+            apart = source.take(massive.nonzero()[:, 0]), target.take(massive.nonzero()[:, 0])
+            source, target = (side.take((~massive).nonzero()[:, 0]) for side in (source, target))
         check_method(method, ridge, rank, standardise, source.values.shape[-1], target.values.shape[-1])
         if len(source.sentence.unique()) < 2:
             raise ValueError(f"expected rows from at least two sentences; got {len(source)} from one.")
@@ -144,7 +167,7 @@ class LayerMaps:
                 "ridge to method='ridge'.",
                 stacklevel=2,
             )
-        return cls(source, target, method, ridge if method in RIDGED else 0.0, rank, standardise)
+        return cls(source, target, method, ridge if method in RIDGED else 0.0, rank, standardise, sinks=apart)
 
     def __repr__(self) -> str:
         return (
@@ -424,6 +447,9 @@ class LayerMaps:
     def __getitem__(self, layers: tuple[int, int]) -> AffineMap:
         """The affine map of one pair of layers, (source layer, target layer)."""
         s, t = layers
+        if (stored := self.stored) is not None:
+            options: dict[str, Any] = {"ridge": self.fixed_ridge, "concept": self.weighted_for}
+            return self._once((f"stored to {t}", s), lambda: fit_streamed(*stored, (s, t), **options))
         x, y, weights = self.source.at(s), self.target.at(t), self._weights(s)
         source = None if self.method == "identity" else self.decomposition(s)
         coefficients = next(self._coefficients(source, y, s, [self.rank(s, t)]))
@@ -441,6 +467,7 @@ class LayerMaps:
             rank=self.rank(s, t),
             ridge=self.ridge(s),
             r2=float(self.only([s], [t]).r2),
+            sinks=0 if self.sinks is None else len(self.sinks[0]),
         )
         return AffineMap(weight.float(), bias.float(), report)
 
@@ -504,7 +531,7 @@ class LayerMaps:
             raise ValueError(f"no row says anything about {concept.name!r}: its coverage is 0, no map carries it.")
         weights = (weights / weights.mean(1, keepdim=True)).float()
         memo = self._ridges(self.source.layers) | self._known("gram", self.target.layers)
-        return replace(self, weights=weights, fixed_ridge=None, _memo=memo)
+        return replace(self, weights=weights, weighted_for=concept, _memo=memo)
 
     def _shown(self, layer: int, v: Float[Tensor, " d_source"]) -> tuple[Float[Tensor, " row"], float]:
         """How far each row shows the concept, X (X^T X + lambda I)^-1 v without weights, and the concept's coverage."""
@@ -524,7 +551,7 @@ class LayerMaps:
         them, and fitted again."""
         order = torch.randperm(len(self.target), generator=torch.Generator().manual_seed(seed))
         memo = self._ridges(self.source.layers) | self._known("decomposition", self.source.layers)
-        return replace(self, target=replace(self.target, values=self.target.values[order]), _memo=memo)
+        return replace(self, target=replace(self.target, values=self.target.values[order]), stored=None, _memo=memo)
 
     def only(self, sources: Sequence[int], targets: Sequence[int]) -> "LayerMaps":
         """The maps between these layers only, and no others: the ridge strengths are those of all layers."""
@@ -536,7 +563,8 @@ class LayerMaps:
         memo = self._ridges(sources) | self._known("decomposition", sources) | self._known("gram", targets)
         if self.method == "pcr":  # its rank serves all target layers, as the ridge does
             memo |= {("rank", s): self.rank(s, self.target.layers[0]) for s in sources}
-        return replace(self, source=source, target=target, weights=weights, _memo=memo)
+        apart = None if self.sinks is None else (self.sinks[0].only(sources), self.sinks[1].only(targets))
+        return replace(self, source=source, target=target, weights=weights, sinks=apart, _memo=memo)
 
     def _check_source(self, concept: ConceptVector) -> None:
         if not concept.model.same_space(self.source.model):
@@ -589,7 +617,7 @@ class LayerMaps:
             zip((("ridge", s) for s in source.layers), about["ridges"] or (), strict=False)
         )
         options = (about["method"], about["fixed_ridge"], about.get("fixed_rank"), about.get("standardise", False))
-        return cls(source, target, *options, tensors.get("weights"), memo)
+        return cls(source, target, *options, tensors.get("weights"), _memo=memo)
 
 
 @dataclass(frozen=True, eq=False)
@@ -621,8 +649,8 @@ def fit_affine(
 
 
 def fit_maps(
-    source: HookedModel,
-    target: HookedModel,
+    source: HookedModel | str | os.PathLike[str],
+    target: HookedModel | str | os.PathLike[str],
     sentences: Sequence[str],
     *,
     rows: Rows = "words",
@@ -634,25 +662,53 @@ def fit_maps(
     target_layers: Sequence[int] | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
+    folder: str | os.PathLike[str] | None = None,
+    sample: int = SAMPLE,
 ) -> LayerMaps:
     """Affine maps from every source layer to every target layer, fitted on the same sentences in both models (eq. 2).
 
     Args:
+        source, target: models, or names for `load_model`: then one is gone from memory before the other is loaded.
         sentences: neither labels nor the prompts of any concept, but text in which the concept occurs in passing: a corpus
             that never shows it cannot carry it (`LayerMaps.coverage`).
         rows: the end of every word, aligned by character between tokenizers, or the `last` token (the paper's).
         method, ridge, rank, standardise: see `LayerMaps.fit`.
+        folder: for a corpus that memory does not hold: keep all rows below this folder (`shards.store`), where a second run
+            finds them. Grids are then of a sample, and `maps[s, t]` and `reformulate` read all rows.
+        sample: rows of that sample, at most; of whole sentences.
 
     Raises:
-        ValueError: as `collect` and `LayerMaps.fit`.
+        ValueError: as `collect`, `check_alignment` and `LayerMaps.fit`; with a folder, a method other than `ridge`.
     """
-    # before either model has run
-    check_method(method, ridge, rank, standardise, source.cfg.d_model, target.cfg.d_model)
-    check_layers(target_layers, target.cfg.n_layers, str(target.cfg.model_name))
+    sentences = check_texts(sentences, rows)
+    if folder is not None and (method != "ridge" or standardise):
+        raise ValueError(f"rows on disk are fitted by plain ridge; got {method!r}. Leave out folder=, or the other options.")
+    loaded = [model for model in (source, target) if not isinstance(model, (str, os.PathLike))]
+    for model in (source, target):
+        if isinstance(model, (str, os.PathLike)):
+            check_model_name(os.fspath(model))
+    widths = [model.cfg.d_model for model in loaded]
+    check_method(method, ridge, rank, standardise, widths[0] if widths else 0, widths[-1] if widths else 0)
+    if len(loaded) == 2:
+        check_layers(target_layers, loaded[1].cfg.n_layers, str(loaded[1].cfg.model_name))
+        if rows == "words":
+            check_alignment(loaded[0], loaded[1], sentences[:ALIGNMENT_TEXTS])
     options: dict[str, Any] = {"rows": rows, "prepend_bos": prepend_bos, "batch_size": batch_size}
-    x = collect(source, sentences, layers=source_layers, **options)
-    y = collect(target, sentences, layers=target_layers, **options)
-    return LayerMaps.fit(x, y, method=method, ridge=ridge, rank=rank, standardise=standardise)
+
+    def load(model: HookedModel | str | os.PathLike[str]) -> HookedModel:
+        gc.collect()  # a bridge is a ring of references: what nobody holds any more is still there
+        return load_model(model) if isinstance(model, (str, os.PathLike)) else model
+
+    if folder is None:
+        x = collect(load(source), sentences, layers=source_layers, **options)
+        y = collect(load(target), sentences, layers=target_layers, **options)
+        return LayerMaps.fit(x, y, method=method, ridge=ridge, rank=rank, standardise=standardise)
+    stored = (
+        store(load(source), sentences, folder, layers=source_layers, **options),
+        store(load(target), sentences, folder, layers=target_layers, **options),
+    )
+    maps = LayerMaps.fit(*(side.sample(sample) for side in stored), ridge=ridge)
+    return replace(maps, stored=stored)
 
 
 def reformulate(
@@ -692,8 +748,11 @@ def reformulate(
         used = used.reweighted(concept)
     elif weighting != "uniform":
         raise ValueError(f"expected weighting 'concept' or 'uniform'; got {weighting!r}.")
-    grid = used.carry(concept.vectors)
-    picked = [grid[used.source.layers.index(s), used.target.layers.index(t)] for s, t in pairs]
+    if used.stored is None:
+        grid = used.carry(concept.vectors)
+        picked = [grid[used.source.layers.index(s), used.target.layers.index(t)] for s, t in pairs]
+    else:
+        picked = [used[s, t].direction(concept.at(s)) for s, t in pairs]
     return ConceptVector(
         vectors=torch.stack(picked),
         layers=tuple(t for _, t in pairs),
@@ -707,7 +766,7 @@ def reformulate(
             "ridge": [used.ridge(s) for s, _ in pairs],
             "coverage": [coverage[s] for s, _ in pairs],
             "rows": maps.source.rows,
-            "n_rows": len(maps.source),
+            "n_rows": len(maps.source if maps.stored is None else maps.stored[0]),
             "texts_hash": maps.source.texts_hash,
             "refined": concept.provenance,
         },

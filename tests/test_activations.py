@@ -118,15 +118,6 @@ def test_blocks_above_the_highest_requested_layer_are_not_computed(bridges):
     assert not fired
 
 
-def test_a_memory_mapped_file_holds_the_same_rows_as_memory(bridges, tmp_path):
-    file = tmp_path / "new folder" / "rows.bin"
-    memory = collect(bridges["gemma2"], TEXTS, rows="words")
-    mapped = collect(bridges["gemma2"], TEXTS, rows="words", file=file)
-    assert torch.equal(mapped.values, memory.values)
-    on_disk = torch.from_file(str(file), size=memory.values.numel(), dtype=torch.float32).view_as(memory.values)
-    assert torch.equal(on_disk, memory.values)
-
-
 def test_a_text_beyond_the_context_is_refused_at_the_last_token(bridges):
     long = "fox " * N_CTX
     with pytest.raises(ValueError, match=f"does not fit the context of .* \\({N_CTX}\\)"):
