@@ -34,7 +34,7 @@ from torch import Tensor
 from contrans_tl.activations import locate, read_rows, row_index
 from contrans_tl.data import normalised
 from contrans_tl.models import HookedModel, check_layers, check_ready, identify
-from contrans_tl.moments import Moments, concept_weights
+from contrans_tl.moments import Moments, said_about
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
@@ -86,7 +86,7 @@ def select_sentences(
             layer_moments.update(values[:, slot], values[:, slot, :0])
     if not all(bool(torch.isfinite(layer_moments.x_mean).all()) for layer_moments in moments):
         raise ValueError(f"activations of {here.name} hold NaN or infinity; try another dtype.")
-    weigh = [concept_weights(*each) for each in zip(moments, concept.vectors, strict=True)]
+    weigh = [said_about(*each) for each in zip(moments, concept.vectors, strict=True)]
 
     best: list[tuple[float, int, str]] = []  # (score, -number, text), the least of them first
     kept: set[str] = set()

@@ -31,7 +31,7 @@ from contrans_tl.processes import share, summed
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.shards import StoredActivations, paired_shards
-from contrans_tl.solvers import COVERAGE_RIDGE, FOLDS, RIDGES, TINY
+from contrans_tl.solvers import CONCEPT_SHARE, COVERAGE_RIDGE, FOLDS, RIDGES, TINY
 
 
 class Moments:
@@ -174,7 +174,11 @@ def fit_streamed(
     r2 = held_out_r2(fitted, held_out, ridges)
     ridge = ridges[int(r2.argmax())]
     if vector is not None:
-        weigh = concept_weights(fitted + held_out, vector)
+        said = said_about(fitted + held_out, vector)
+
+        def weigh(x: Float[Tensor, "row d_source"]) -> Float[Tensor, " row"]:
+            return 1 - CONCEPT_SHARE + CONCEPT_SHARE * said(x)
+
         fitted, held_out = accumulate(source, target, layers, weigh=weigh, device=device)
         r2 = held_out_r2(fitted, held_out, (ridge,))
     whole = fitted + held_out
@@ -248,11 +252,11 @@ def held_out_r2(fitted: Moments, held_out: Moments, ridges: Sequence[float]) -> 
     return (1 - errors / total).cpu()
 
 
-def concept_weights(
+def said_about(
     moments: Moments, v: Float[Tensor, " d_source"]
 ) -> Callable[[Float[Tensor, "row d_source"]], Float[Tensor, " row"]]:
-    """The weight of a row x_i by what it says about a concept: s_i^2, s_i = |(x_i - mean) . (S_xx + lambda I)^-1 v|, lambda as
-    in `LayerMaps.coverage`. Over the rows of these moments, uniform ones, the weights have mean one.
+    """How much a row x_i says about a concept: s_i^2, s_i = (x_i - mean) . (S_xx + lambda I)^-1 v, lambda as in
+    `LayerMaps.coverage`, over its mean over the rows of these moments, uniform ones.
 
     Raises:
         ValueError: no row says anything about it.
@@ -265,7 +269,7 @@ def concept_weights(
     if not (floor > 0 and mean_square > 0):
         raise ValueError("no row says anything about the concept: its coverage is 0, no map carries it.")
 
-    def weigh(x: Float[Tensor, "row d_source"]) -> Float[Tensor, " row"]:
+    def said(x: Float[Tensor, "row d_source"]) -> Float[Tensor, " row"]:
         return ((x - mean) @ shown_by).square() / mean_square
 
-    return weigh
+    return said

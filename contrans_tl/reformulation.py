@@ -21,8 +21,8 @@ moves the mean only: W = I.
 Two findings set the defaults (see the README for the measurements). *Coverage* of a concept v,
 v^T X^T X (X^T X + lambda I)^-1 v / |v|^2 with lambda = 1e-3 of the mean diagonal, is the share of v that the corpus lets the
 map see; it needs the source alone and predicts the effect of a transplant, which held-out R2 does not. *Concept weighting*
-gives every row the weight s_i^2, s_i = |(x_i - mean)^T (X^T X + lambda I)^-1 v|, so that the map is fitted where the corpus
-speaks of the concept.
+gives every row the weight 1/2 + s_i^2 / (2 mean s^2), s_i = (x_i - mean)^T (X^T X + lambda I)^-1 v, so that the map is fitted
+where the corpus speaks of the concept.
 """
 
 import gc
@@ -55,8 +55,10 @@ from contrans_tl.solvers import (
     Decomposition,
     Groups,
     LeftOut,
+    concept_weights,
     decompose,
     dual_coefficients,
+    effective_rows,
     folds,
     group_rows,
     least_squares,
@@ -70,6 +72,7 @@ from contrans_tl.solvers import (
     weighted_variance,
 )
 from contrans_tl.tokens import check_alignment
+from contrans_tl.verdict import Verdict
 
 Weighting = Literal["concept", "uniform"]
 COLUMNS = 64
@@ -78,8 +81,6 @@ SAMPLE = 4000
 """Rows that the grids of a corpus on disk are fitted on: n x n products of so many are seconds for each layer."""
 ALIGNMENT_TEXTS = 1000
 """Texts on which the alignment of two tokenizers is checked before a model runs; `pair` sees the rest."""
-LOW_COVERAGE = 0.984
-"""Below this a warning is given: between what was measured where emotions arrived and where not, see `LayerMaps.coverage`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -513,12 +514,12 @@ class LayerMaps:
         corpus that carries the emotions, 0.953 to 0.982 with the one that does not.
         """
         self._check_source(concept)
-        return torch.tensor([self._shown(s, concept.at(s))[1] for s in self.source.layers])
+        return torch.tensor([self._shown(s, concept.at(s)).coverage for s in self.source.layers])
 
     def reweighted(self, concept: ConceptVector) -> "LayerMaps":
-        """The same maps fitted with each row counted by what it says about the concept: weights s_i^2,
-        s_i = |(x_i - mean)^T (X^T X + lambda I)^-1 v|, of mean one, lambda that of coverage. Source only, no labels. The
-        ridge strengths stay.
+        """The same maps fitted with each row counted by what it says about the concept: half of the weight is uniform, half
+        goes by s_i^2, s_i = (x_i - mean)^T (X^T X + lambda I)^-1 v, lambda that of coverage. Source only, no labels. The ridge
+        strengths stay.
 
         Raises:
             ValueError: the concept lives elsewhere, no row says anything about it, or a method without row weights.
@@ -526,25 +527,57 @@ class LayerMaps:
         self._check_source(concept)
         if self.method in UNWEIGHTED:
             raise ValueError(f"method {self.method!r} has no row weights: pass weighting='uniform'.")
-        weights = torch.stack([self._shown(s, concept.at(s))[0] ** 2 for s in self.source.layers])
-        if not bool((weights.sum(1) > 0).all()):
+        shown = torch.stack([self._shown(s, concept.at(s)).by_row for s in self.source.layers])
+        if not bool((shown != 0).any(1).all()):
             raise ValueError(f"no row says anything about {concept.name!r}: its coverage is 0, no map carries it.")
-        weights = (weights / weights.mean(1, keepdim=True)).float()
+        weights = concept_weights(shown).float()
         memo = self._ridges(self.source.layers) | self._known("gram", self.target.layers)
         return replace(self, weights=weights, weighted_for=concept, _memo=memo)
 
-    def _shown(self, layer: int, v: Float[Tensor, " d_source"]) -> tuple[Float[Tensor, " row"], float]:
-        """How far each row shows the concept, X (X^T X + lambda I)^-1 v without weights, and the concept's coverage."""
+    def _shown(self, layer: int, v: Float[Tensor, " d_source"]) -> "Shown":
+        """What the rows, unweighted, say of a vector at a source layer."""
         v = v.to(self.source.values.device).double()
         if self.method not in UNWEIGHTED and self.weights is None and not self.standardise:
             source = self.decomposition(layer)
-            seen = source.along(v)
-            shown = source.dual(seen, COVERAGE_RIDGE * float(source.eigenvalues.sum()) / len(v))
+            seen, total = source.along(v), float(source.eigenvalues.sum())
+            ridge = COVERAGE_RIDGE * total / len(v)
+            by_row = source.dual(seen, ridge)
         else:
             rows = weighted_centred(self.source.at(layer), None)
-            seen = rows @ v
-            shown = dual_coefficients(rows, v, COVERAGE_RIDGE * float(rows.square().sum()) / len(v))
-        return shown, float(seen @ shown / v.square().sum().clamp_min(TINY))
+            seen, total = rows @ v, float(rows.square().sum())
+            ridge = COVERAGE_RIDGE * total / len(v)
+            by_row = dual_coefficients(rows, v, ridge)
+        size = float(v.square().sum())
+        coverage = float(seen @ by_row) / max(size, TINY)
+        unseen = (1 - coverage) * size / max(ridge, TINY)  # v^T (X^T X + lambda I)^-1 v
+        squares = by_row.square()
+        times = float((squares.square().sum() / squares.sum().clamp_min(TINY)).sqrt()) / max(unseen, TINY)
+        presence = times * (size * len(by_row) / max(total, TINY)) ** 0.5
+        return Shown(by_row, coverage, presence)
+
+    def verdict(self, concept: ConceptVector, source_layer: int | None = None) -> Verdict:
+        """Whether the corpus lets the maps carry a concept, with a reason and a remedy, from the source alone; see `verdict`.
+
+        Args:
+            source_layer: the layer to carry it from; None is the one whose maps predict the target's layers best (R2).
+
+        Raises:
+            ValueError: the concept lives elsewhere, or a layer that the maps or the concept do not have.
+        """
+        self._check_source(concept)
+        if source_layer is None:
+            source_layer = self.source.layers[int(self.r2.nan_to_num(-torch.inf).mean(1).argmax())]
+        shown = self._shown(source_layer, concept.at(source_layer))
+        effective = float(effective_rows(shown.by_row.square()))
+        size = self.source.values.shape[-1]
+        return Verdict(concept.name, source_layer, shown.presence, shown.coverage, effective, len(self.source), size)
+
+    @property
+    def effective_rows(self) -> Float[Tensor, " source_layer"]:
+        """How many rows of equal weight the maps of each source layer rest on; all rows without weights."""
+        if self.weights is None:
+            return torch.full((len(self.source.layers),), float(len(self.source)))
+        return effective_rows(self.weights)
 
     def shuffled(self, *, seed: int) -> "LayerMaps":
         """The null control: the same rows, weights and ridge strengths with the target's rows permuted, so that nothing pairs
@@ -618,6 +651,17 @@ class LayerMaps:
         )
         options = (about["method"], about["fixed_ridge"], about.get("fixed_rank"), about.get("standardise", False))
         return cls(source, target, *options, tensors.get("weights"), _memo=memo)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What rows say of a vector."""
+
+    by_row: Float[Tensor, " row"]
+    """s_i = (x_i - mean)^T (X^T X + lambda I)^-1 v."""
+    coverage: float
+    presence: float
+    """See `verdict`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -721,33 +765,31 @@ def reformulate(
     """The concept in the target's residual stream: W v, never the bias (eq. 2; a concept is a difference).
 
     Args:
-        layers: {source layer: target layer}; None pairs every target layer with the source layer of the same relative depth.
+        layers: {source layer: target layer}; None pairs every target layer with the source layer whose map into it has the
+            highest held-out R2. (R2 tells layers apart, not corpora; for one target layer, ask `evaluation.choose`.)
         weighting: `concept` refits the maps with rows weighted by what they say about this concept; `uniform` is the paper's.
 
     Raises:
         ValueError: the concept lives in another model or basis than the maps' source, or a layer the maps do not have.
 
-    Warns when the corpus hardly shows the concept.
+    Warns where `LayerMaps.verdict` says that the concept does not arrive.
     """
     maps._check_source(concept)
-    pairs = _by_depth(maps) if layers is None else [(s, t) for s, t in layers.items()]
+    pairs = _by_r2(maps) if layers is None else [(s, t) for s, t in layers.items()]
     for s, t in pairs:
         if s not in maps.source.layers or t not in maps.target.layers:
             raise ValueError(f"expected layers of the maps, {maps.source.layers} -> {maps.target.layers}; got {s} -> {t}.")
     pairs.sort(key=lambda pair: pair[1])
     used = maps.only(sorted({s for s, _ in pairs}), sorted({t for _, t in pairs}))
     concept = concept.only(*used.source.layers)
-    coverage = dict(zip(used.source.layers, used.coverage(concept).tolist(), strict=True))
-    if (lowest := min(coverage.values())) < LOW_COVERAGE:
-        warnings.warn(
-            f"the corpus hardly shows {concept.name!r}: coverage {lowest:.3f}. A map fitted on it cannot carry the concept; "
-            "add sentences that mention it in passing.",
-            stacklevel=2,
-        )
+    verdicts = {s: used.verdict(concept, s) for s in used.source.layers}
+    if (worst := min(verdicts.values(), key=lambda verdict: verdict.presence)).outlook == "does not arrive":
+        warnings.warn(str(worst), stacklevel=2)
     if weighting == "concept":
         used = used.reweighted(concept)
     elif weighting != "uniform":
         raise ValueError(f"expected weighting 'concept' or 'uniform'; got {weighting!r}.")
+    effective = dict(zip(used.source.layers, used.effective_rows.tolist(), strict=True))
     if used.stored is None:
         grid = used.carry(concept.vectors)
         picked = [grid[used.source.layers.index(s), used.target.layers.index(t)] for s, t in pairs]
@@ -764,7 +806,9 @@ def reformulate(
             "method": maps.method,
             "weighting": weighting,
             "ridge": [used.ridge(s) for s, _ in pairs],
-            "coverage": [coverage[s] for s, _ in pairs],
+            "coverage": [verdicts[s].coverage for s, _ in pairs],
+            "presence": [verdicts[s].presence for s, _ in pairs],
+            "effective_rows": [effective[s] for s, _ in pairs],
             "rows": maps.source.rows,
             "n_rows": len(maps.source if maps.stored is None else maps.stored[0]),
             "texts_hash": maps.source.texts_hash,
@@ -773,14 +817,11 @@ def reformulate(
     )
 
 
-def _by_depth(maps: LayerMaps) -> list[tuple[int, int]]:
-    def depth(activations: Activations, layer: int) -> float:
-        return (layer + 1) / activations.model.n_layers
-
-    return [
-        (min(maps.source.layers, key=lambda s: abs(depth(maps.source, s) - depth(maps.target, t))), t)
-        for t in maps.target.layers
-    ]
+def _by_r2(maps: LayerMaps) -> list[tuple[int, int]]:
+    """For every target layer the source layer that predicts it best, held out; the last of them where none can be told."""
+    r2 = maps.r2.nan_to_num(-torch.inf)
+    best = len(r2) - 1 - r2.flip(0).argmax(0)
+    return [(maps.source.layers[int(s)], t) for s, t in zip(best, maps.target.layers, strict=True)]
 
 
 def _as_activations(

@@ -29,7 +29,7 @@ from contrans_tl.models import HookedModel
 
 ALIGNED = 0.25
 """The least share of words that have to align. Where fewer than .24 of the tokens are equal, linear maps between models fail,
-and from .67 on they do well (arXiv 2603.18908); on the embedded pair, too, the effect was lost between 36% and 16% of the words,
+and from .67 on they do well (arXiv 2603.18908); on the embedded pair, too, the effect was lost between 36% and 16% of words,
 kept by tokenizers that run across words - and not with as many rows at random: it is which words are lost."""
 _ASCII_WORD = re.compile(r"\w+")
 _EXTENDS = re.compile("[\u200c\u200d\uff9e\uff9f\u0e33\u0eb3\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from contrans_tl import LayerMaps, fit_affine, load_model, pair
 from contrans_tl.models import ModelId
-from contrans_tl.moments import Moments, accumulate, concept_weights, fit_streamed, held_out_r2, held_out_texts
+from contrans_tl.moments import Moments, accumulate, fit_streamed, held_out_r2, held_out_texts, said_about
 from contrans_tl.processes import joined, share, summed
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.reformulation import RIDGES
 from contrans_tl.shards import StoredActivations, store
+from contrans_tl.solvers import CONCEPT_SHARE
 
 WORDS = "the quick brown fox jumps over a lazy dog letter made me feel happy river".split()
 CORPUS = [f"{' '.join(WORDS[(7 * i + 3 * k) % len(WORDS)] for k in range(3 + i % 6))}" for i in range(40)] + TEXTS
@@ -194,8 +195,9 @@ def test_concept_weights_have_mean_one_and_those_of_layer_maps(stores):
     x, y = pair(stores[0].read(), stores[1].read())
     concept = concept_of(x.model)
     fitted, held_out = accumulate(*stores, (1, 1))
-    weights = concept_weights(fitted + held_out, concept.at(1))(x.at(1).double())
-    assert abs(float(weights.mean()) - 1) < ROUNDING
+    said = said_about(fitted + held_out, concept.at(1))(x.at(1).double())
+    assert abs(float(said.mean()) - 1) < ROUNDING
+    weights = 1 - CONCEPT_SHARE + CONCEPT_SHARE * said
     assert off(weights, LayerMaps.fit(x.only([1]), y.only([1])).reweighted(concept.only(1)).weights[0].double()) < FLOAT32
 
 
@@ -281,7 +283,7 @@ def work(source: Path, target: Path, folder: Path) -> None:
         for name, concept in (("uniform", None), ("weighted", concept_of(x.model))):
             fitted, held_out = accumulate(x, y, (1, 2))
             if concept is not None:
-                fitted, held_out = accumulate(x, y, (1, 2), weigh=concept_weights(fitted + held_out, concept.at(1)))
+                fitted, held_out = accumulate(x, y, (1, 2), weigh=said_about(fitted + held_out, concept.at(1)))
             for ridge in RIDGES:
                 tensors[f"{name} {ridge}"] = (fitted + held_out).solve(ridge)[0]
             tensors[f"{name} float32"] = fit_streamed(x, y, (1, 2), concept=concept).weight

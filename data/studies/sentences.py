@@ -29,7 +29,7 @@ from contrans_tl.demo import TARGETS, demo_data
 from contrans_tl.evaluation import Forward, SteeredAt, answer_questions, carried, read_questions
 from contrans_tl.experiment import check_inputs
 from contrans_tl.models import HookedModel
-from contrans_tl.moments import Moments, concept_weights
+from contrans_tl.moments import Moments, said_about
 from contrans_tl.refinement import ConceptVector
 from data.studies.effects import side_by_side
 from data.world import EMOTIONS, World, distinct
@@ -62,7 +62,7 @@ def ranked(x: Activations, concepts: Sequence[ConceptVector]) -> list[list[int]]
     moments = [Moments(x.values.shape[-1], 0).update(x.at(layer), x.at(layer)[:, :0]) for layer in x.layers]
     orders = []
     for concept in concepts:
-        weigh = [concept_weights(m, v) for m, v in zip(moments, concept.vectors, strict=True)]
+        weigh = [said_about(m, v) for m, v in zip(moments, concept.vectors, strict=True)]
         weights = torch.stack([w(x.at(layer).double()) for w, layer in zip(weigh, x.layers, strict=True)]).mean(0)
         said = torch.zeros(int(x.sentence.max()) + 1).double().index_add_(0, x.sentence, weights)
         orders.append((said / x.sentence.bincount()).argsort(descending=True).tolist())
