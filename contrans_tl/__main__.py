@@ -112,7 +112,9 @@ def fit(
     sentences: Sentences,
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("maps.safetensors"),
     rows: Annotated[str, typer.Option(help="words, or last as in the paper.")] = "words",
-    method: Annotated[str, typer.Option(help="ridge, or paper.")] = "ridge",
+    method: Annotated[str, typer.Option(help="ridge, paper, pcr, reduced_rank, procrustes or identity.")] = "ridge",
+    rank: Annotated[int | None, typer.Option(help="Of pcr and reduced_rank; default: by held-out error.")] = None,
+    standardise: Annotated[bool, typer.Option(help="Fit on source dimensions of equal variance.")] = False,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
@@ -122,7 +124,8 @@ def fit(
 
     corpus = read_sentences(sentences)
     models = _load(source, device, dtype), _load(target, device, dtype)
-    maps = fit_maps(*models, corpus, rows=rows, method=method)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"rows": rows, "method": method, "rank": rank, "standardise": standardise}
+    maps = fit_maps(*models, corpus, **options)
     typer.echo(f"{maps}\nheld-out R2\n{maps.r2.numpy().round(3)}\n{maps.save(out)}")
 
 
@@ -144,7 +147,27 @@ def reformulate(
         raise ValueError(f"expected --layers source:target, as in 9:18; got {layers!r}.") from None
     vector, fitted = ConceptVector.load(concept), LayerMaps.load(maps)
     moved = carry(vector, fitted, layers={s: t}, weighting=weighting)  # type: ignore[arg-type]
-    typer.echo(f"{moved}\ncoverage {moved.provenance['coverage'][0]:.4f}\n{moved.save(out)}")
+    typer.echo(f"{moved}\n{fitted.verdict(vector, s)}\n{moved.save(out)}")
+
+
+@app.command()
+def select(
+    source: Annotated[str, typer.Argument(help="Hub id or folder of the source.")],
+    concept: Annotated[Path, typer.Argument(help="What `refine` wrote.")],
+    pool: Annotated[Path, typer.Argument(help="Text to choose from, one sentence a line; of any size.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Sentences to choose.")] = 400,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("sentences.txt"),
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """The sentences of a pool that show a concept best, to fit maps on."""
+    _quiet()
+    from contrans_tl import ConceptVector, select_sentences
+    from contrans_tl.artifacts import write_atomically
+
+    chosen = select_sentences(_load(source, device, dtype), ConceptVector.load(concept), pool, n)
+    write_atomically(out, "".join(f"{sentence}\n" for sentence in chosen).encode())
+    typer.echo(f"{len(chosen)} sentences\n{out}")
 
 
 @app.command()

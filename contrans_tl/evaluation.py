@@ -82,6 +82,9 @@ class TransferReport:
     strength: float
     coverage: float
     """Of the concept by the fit corpus, at the source layer."""
+    presence: float
+    foreseen: str
+    """What `LayerMaps.verdict` said at that layer, before anything was transplanted."""
     r2: float
     """Held-out R2 of the uniform map between the two layers."""
     arms: dict[str, dict[str, Estimate]]
@@ -488,6 +491,7 @@ def evaluate(
         measured = {name: estimate(np.stack([hits[name] for hits in answers]), groups=groups, seed=seed) for name in answers[0]}
         return measured | {"loss_increase": estimate(increases, counts=counts, seed=seed)}
 
+    foreseen = chosen.verdict(concept, s)
     return TransferReport(
         concept=pairs.name,
         target=maps.target.model.name,
@@ -495,7 +499,9 @@ def evaluate(
         layer_source=s,
         layer_target=t,
         strength=choice.strength,
-        coverage=float(chosen.coverage(concept)[0]),
+        coverage=foreseen.coverage,
+        presence=foreseen.presence,
+        foreseen=str(foreseen),
         r2=float(chosen.r2),
         arms={name: measure(vectors) for name, vectors in arms.items()},
         geometry={

@@ -90,11 +90,11 @@ def _table(report: TransferReport) -> str:
     n = report.arms["base"][report.metric].n
     caption = (
         f"{escape(report.concept)}: layer {report.layer_source} to {report.layer_target}, strength {report.strength:g}; "
-        f"coverage {report.coverage:.4f}, held-out R2 {report.r2:.2f}; {n} questions"
+        f"held-out R2 {report.r2:.2f}; {n} questions"
     )
     return (
         f"<table><caption>{caption}</caption><tr><th>arm{head}</tr>{''.join(rows)}</table>"
-        f"<p><small>{escape(report.verdict)}</small></p>"
+        f"<p><small>Foreseen: {escape(report.foreseen)}<br>Found: {escape(report.verdict)}</small></p>"
     )
 
 
@@ -110,7 +110,7 @@ def tables(experiment: "Experiment") -> list["Table"]:
     made = []
     for target, reports in experiment.reports.items():
         table = Table(title=f"into {target} (test split)", title_justify="left")
-        for column in ("concept", "layers", "strength", "coverage", *shown, "highest null", "loss increase"):
+        for column in ("concept", "layers", "strength", "presence", *shown, "highest null", "loss increase"):
             table.add_column(column, justify="left" if column == "concept" else "right", no_wrap=True)
         for name, report in reports.items():
             nulls = {arm: report.arms[arm][report.metric].value for arm in NULLS if arm in report.arms}
@@ -119,7 +119,7 @@ def tables(experiment: "Experiment") -> list["Table"]:
                 name,
                 f"{report.layer_source} → {report.layer_target}",
                 f"{report.strength:g}",
-                f"{report.coverage:.4f}",
+                f"{report.presence:.2f}",
                 *values,
                 f"{max(nulls.values()):.2f}",
                 f"{report.arms['transplanted']['loss_increase'].value:+.2f}",

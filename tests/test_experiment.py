@@ -51,7 +51,7 @@ def test_the_saved_folder_holds_the_numbers_the_vectors_and_a_page_that_stands_a
     content = json.loads((tmp_path / "report.json").read_text())
     assert {"targets", "seeds", "versions", "models", "seconds"} <= set(content)
     anger = content["targets"]["target-gpt2"]["anger"]
-    assert {"layer_source", "layer_target", "strength", "coverage", "r2", "arms"} <= set(anger)
+    assert {"layer_source", "layer_target", "strength", "coverage", "presence", "foreseen", "r2", "arms"} <= set(anger)
     assert set(anger["arms"]["transplanted"]) == {"token_accuracy", "logit_accuracy", "loss_increase"}
     assert set(anger["arms"]["base"]["token_accuracy"]) == {"value", "low", "high", "n"}
     moved = ConceptVector.load(tmp_path / "anger.target-gpt2.moved.safetensors")
@@ -130,7 +130,9 @@ def test_the_steps_one_by_one_do_what_the_verbs_do(small, capsys):
     concept, maps, moved = (str(small / name) for name in ("c.safetensors", "m.safetensors", "v.safetensors"))
     assert main(["refine", source, "--pairs", str(small / "anger.json"), "--out", concept, "--device", "cpu"]) == 0
     assert main(["fit", source, target, "--sentences", str(small / "corpus.txt"), "--out", maps, "--device", "cpu"]) == 0
+    capsys.readouterr()
     assert main(["reformulate", concept, maps, "--layers", "3:4", "--out", moved]) == 0
+    assert str(LayerMaps.load(maps).verdict(ConceptVector.load(concept), 3)) in capsys.readouterr().out
     assert LayerMaps.load(maps).target.model.same_space(ConceptVector.load(moved).model)
     prompt = "Scenario: Anna sang with the kite.\nThe emotion of the above scenario is"
     capsys.readouterr()
@@ -139,6 +141,22 @@ def test_the_steps_one_by_one_do_what_the_verbs_do(small, capsys):
     model = load_model(target, device="cpu")
     with transplant(model, ConceptVector.load(moved), strength=3.0):
         assert model.generate(prompt, max_new_tokens=1, do_sample=False, verbose=False).strip().endswith("anger")
+
+
+def test_sentences_are_chosen_and_fitted_by_another_estimator_on_the_command_line(small, capsys):
+    source, corpus, out = str(DATA / "pair/source"), small / "corpus.txt", small / "chosen.txt"
+    concept, maps = str(small / "c.safetensors"), str(small / "m.safetensors")
+    assert main(["refine", source, "--pairs", str(small / "anger.json"), "--out", concept, "--device", "cpu"]) == 0
+    assert main(["select", source, concept, str(corpus), "-n", "40", "--out", str(out), "--device", "cpu"]) == 0
+    chosen = read_sentences(out)
+    assert len(chosen) == 40 and set(chosen) <= set(read_sentences(corpus))
+    options = ["--method", "pcr", "--rank", "20", "--standardise", "--out", maps, "--device", "cpu"]
+    assert main(["fit", source, str(DATA / "pair/target-gpt2"), "--sentences", str(out), *options]) == 0
+    loaded = LayerMaps.load(maps)
+    assert (loaded.method, loaded.rank(3, 4), loaded.standardise) == ("pcr", 20, True)
+    capsys.readouterr()
+    assert main(["select", source, concept, str(corpus), "-n", "999", "--device", "cpu"]) == 2
+    assert "999" in capsys.readouterr().err
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
