@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ _TERMINAL = Lock()
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Yield the items; show a rich progress bar once they have taken more than a couple of seconds, where there is a terminal
-    or a notebook to show it in."""
+    or a notebook (with ipywidgets, without which rich only warns) to show it in."""
     start, bar, task = time.monotonic(), None, None
     try:
         for done, item in enumerate(items, start=1):
@@ -37,7 +38,8 @@ def _bar(description: str, total: int) -> tuple[Any, Any]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    bar = Progress(console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+    shown = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
+    bar = Progress(console=console, transient=True, disable=not shown)
     task = bar.add_task(description, total=total)
     bar.start()
     return bar, task

@@ -98,6 +98,19 @@ def test_reduced_rank_recovers_a_map_of_low_rank_and_its_rank() -> None:
     assert r2(found, fresh, fresh @ weight.T + 1) > r2(fit_affine(x, y), fresh, fresh @ weight.T + 1)
 
 
+@pytest.mark.parametrize("n", [40, 9], ids=["more rows than dimensions", "fewer"])
+def test_reduced_rank_is_least_squares_of_that_rank_on_rows_that_hold_the_ridge(n: int) -> None:
+    x, y = (side[:, 0] for side in related(n, noise=2.0))
+    found = LayerMaps.fit(x[:, None], y[:, None], method="reduced_rank", rank=3, ridge=0.3)
+    ridge = 0.3 * found.decomposition(0).scale
+    # Ridge is least squares on the rows sqrt(ridge) I with target 0 appended; of rank 3, its fitted values' best rank-3 part.
+    rows = torch.cat([x - x.mean(0), ridge**0.5 * torch.eye(D).double()])
+    wanted = torch.cat([y - y.mean(0), torch.zeros(D, D).double()])
+    full = torch.linalg.lstsq(rows, wanted).solution
+    leading = torch.linalg.svd(rows @ full, full_matrices=False).Vh[:3]
+    assert close(found[0, 0].weight, (full @ leading.T @ leading).T, 1e-4)  # float32 of the result
+
+
 def test_standardising_recovers_a_map_from_dimensions_of_very_different_size() -> None:
     sizes = torch.logspace(0, -4, D).double()
     x, fresh = (draw(40, D, seed=seed) * sizes for seed in (0, 1))
