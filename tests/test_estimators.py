@@ -245,6 +245,13 @@ def test_the_reverse_is_the_map_fitted_with_sides_exchanged(method: Method) -> N
             weighted.reverse()
 
 
+def test_the_reverse_keeps_ridge_rank_and_standardisation() -> None:
+    x, y = related(40)
+    options: Any = {"method": "reduced_rank", "ridge": 0.3, "rank": 3, "standardise": True}
+    back = LayerMaps.fit(x, y, **options).reverse()
+    assert torch.equal(back[0, 0].weight, LayerMaps.fit(y, x, **options)[0, 0].weight)
+
+
 @every_method
 def test_uniform_weights_of_one_change_nothing(method: Method) -> None:
     x, y = related(40)

@@ -236,6 +236,24 @@ def test_infinity_in_one_row_is_refused_with_the_model_named(stores, monkeypatch
         fit_streamed(*stores, (0, 0))
 
 
+def test_rows_of_massive_norm_are_left_out_as_in_memory(stores, monkeypatch):
+    shard = StoredActivations.shard
+
+    def with_a_sink(self: StoredActivations, number: int, layers: Any = None) -> Any:
+        rows = shard(self, number, layers)
+        if self is stores[0] and number in (1, 2):
+            rows.values[1] *= 100
+        return rows
+
+    monkeypatch.setattr(StoredActivations, "shard", with_a_sink)
+    found = fit_streamed(*stores, (0, 0), ridge=0.01)
+    x, y = pair(stores[0].read(), stores[1].read())
+    maps = LayerMaps.fit(x.only([0]), y.only([0]), ridge=0.01)
+    assert found.fit.sinks == maps[0, 0].fit.sinks == 2
+    assert found.fit.rows == len(x) - 2
+    assert off(found.weight, maps[0, 0].weight) < FLOAT32
+
+
 def test_what_cannot_be_fitted_is_one_line_of_error(stores, bridges, tmp_path):
     x, y = stores
     lonely = [store(bridges[name], TEXTS[:1], tmp_path, **OPTIONS) for name in ("llama", "gpt2")]
