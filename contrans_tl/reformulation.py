@@ -217,7 +217,8 @@ class LayerMaps:
         """Of all target layers together, as a function of the absolute ridge."""
         source, dtype = self.decomposition(layer), self._dtype(layer)
         y = source.prepare(self._columns).to(dtype)
-        seen = source.u.to(y).T @ y
+        source = replace(source, u=source.u.to(dtype), eigenvalues=source.eigenvalues.to(dtype))
+        seen = source.u.T @ y
         return lambda ridge: float(leave_one_sentence_out(source, ridge, self._sentences).residuals(y, seen).square().sum())
 
     @cached_property
