@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import contrans_tl
 from contrans_tl import ConceptVector, identify, load_model, transplant
-from contrans_tl.models import HookedModel, check_layers, hook_name, self_check
+from contrans_tl.models import HookedModel, caches_right, check_layers, hook_name, self_check
 
 SOURCES = sorted(Path(contrans_tl.__file__).parent.rglob("*.py"))
 
@@ -56,6 +56,28 @@ def test_a_model_that_is_wrapped_already_is_refused(folders, given):
         load_model(bridge if given == "the bridge" else hf, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="pass that bridge"):
         load_model(bridge)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_with_a_cache_that_is_lost_on_the_way_is_noticed(folders, monkeypatch, architecture, dtype):
+    model = load_model(folders[architecture], device="cpu", dtype=dtype)
+    assert caches_right(model)
+
+    def forgetful(
+        self: Any, tokens: torch.Tensor, *, max_new_tokens: int, use_past_kv_cache: bool, **options: Any
+    ) -> torch.Tensor:
+        entering = tokens
+        for _ in range(max_new_tokens):
+            following = self(entering)[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, following], 1)
+            entering = following if use_past_kv_cache else tokens
+        return tokens
+
+    monkeypatch.setattr(type(model), "generate", forgetful)
+    assert not caches_right(model)
+    with pytest.warns(UserWarning, match="use_past_kv_cache=False"):
+        load_model(folders[architecture], device="cpu", dtype=dtype)
 
 
 def test_a_folder_that_holds_no_model_is_refused_before_transformer_lens_is_imported(tmp_path):
