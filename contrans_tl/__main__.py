@@ -24,6 +24,10 @@ Layer = Annotated[int | None, typer.Option(help="Layer to use, counted from 0.")
 @app.command()
 def demo(out: Out = Path("contrans-demo"), models: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
     """Six emotions and honesty from a small aligned model into two larger ones, with all controls. Offline, about a minute."""
+    import os
+
+    # Both targets are evaluated side by side: a core for each, also in products that numpy's BLAS would spread over all.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _quiet()
     from contrans_tl.demo import run_demo
     from contrans_tl.experiment import save_experiment
@@ -44,7 +48,7 @@ def run(
     device: Device = None,
     dtype: Dtype = "float32",
     budget: Annotated[float, typer.Option(help="Neutral-text loss a transplant may cost, nats per token.")] = 0.5,
-    random_vectors: Annotated[int, typer.Option(min=1, help="Vectors in the random arms.")] = 10,
+    random_vectors: Annotated[int, typer.Option(min=1, help="Vectors in the random arm.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
 ) -> None:
@@ -68,6 +72,7 @@ def run(
     for name in (source, target):
         check_model_name(name)
 
+    from contrans_tl.evaluation import Rivals, Search
     from contrans_tl.experiment import check_inputs, run_experiment, save_experiment
 
     check_inputs(concepts, {"the fit corpus": corpus, "the neutral text": texts})
@@ -78,8 +83,8 @@ def run(
         concepts,
         corpus,
         texts,
-        budget=budget,
-        n_random=random_vectors,
+        rivals=Rivals(n_random=random_vectors),
+        search=Search(budget=budget),
         batch_size=batch_size,
         seed=seed,
     )

@@ -12,16 +12,18 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 
 from contrans_tl.activations import Activations, Rows, collect
 from contrans_tl.artifacts import versions
-from contrans_tl.data import ContrastPairs, cut_short, normalised
-from contrans_tl.evaluation import BUDGET, STRENGTHS, TransferReport, evaluate
+from contrans_tl.data import ContrastPairs, cut_short
+from contrans_tl.evaluation import Interrupted, Rivals, ScoringFailed, Search, Task, TransferReport, evaluate
+from contrans_tl.leakage import Leak, check_leaks
 from contrans_tl.models import HookedModel, identify
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
@@ -58,24 +60,20 @@ class Experiment:
         return {"targets": targets, **self.about}
 
 
-def check_inputs(concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]]) -> None:
-    """ValueError for two concepts of one name, or a corpus that contains a prompt that a concept is refined, chosen or tested
-    on, whatever case and spacing: a map fitted on the prompts that it is tested on would prove nothing about other text.
+def check_inputs(
+    concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]], *, allow_overlap: bool = False
+) -> dict[str, tuple[Leak, ...]]:
+    """The leaks of each concept, none of them unless overlap is allowed.
+
+    ValueError for two concepts of one name, and what `check_leaks` raises: prompts that are not held out, or that a map would be
+    fitted on.
     """
     names = [pairs.name for pairs in concepts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"expected concepts of different names, as reports and files are named by them; got {twice[0]!r} twice."
         )
-    for corpus, texts in corpora.items():
-        text = "\n".join(normalised(sentence) for sentence in texts)
-        for pairs in concepts:
-            prompts = [*pairs.positive, *pairs.negative, *(question.prompt for question in (*pairs.select, *pairs.test))]
-            found = [prompt for prompt in prompts if normalised(prompt) in text]
-            if found:
-                raise ValueError(
-                    f"{len(found)} prompts of {pairs.name} occur in {corpus}, for example {found[0]!r}; take them out of one."
-                )
+    return {pairs.name: check_leaks(pairs, corpora, allow_overlap=allow_overlap) for pairs in concepts}
 
 
 def run_experiment(
@@ -86,9 +84,11 @@ def run_experiment(
     neutral: Sequence[str],
     *,
     unrelated: Sequence[str] | None = None,
-    strengths: Sequence[float] = STRENGTHS,
-    budget: float = BUDGET,
-    n_random: int = 10,
+    tasks: Mapping[str, Task] | None = None,
+    arms: Sequence[str] | None = None,
+    rivals: Rivals = Rivals(),  # noqa: B008 - frozen
+    search: Search = Search(),  # noqa: B008 - frozen
+    allow_overlap: bool = False,
     batch_size: int = 32,
     seed: int = 0,
 ) -> Experiment:
@@ -100,16 +100,23 @@ def run_experiment(
         sentences: the fit corpus.
         neutral: texts that no map is fitted on, for the cost of a transplant.
         unrelated: a corpus that never shows the concepts; maps fitted on it are one more control, `neutral_corpus`.
+        tasks: {concept: what is asked}, where it is not the concept's own questions.
+        arms, search, allow_overlap: as for `evaluate`.
+        rivals: likewise; the concept after each (the first after the last) is its `other_concept`, and the paper's map an arm.
 
     Raises:
         ValueError: what `check_inputs` or `evaluate` raises.
+        Interrupted: ^C, with an `Experiment` of what had been measured by then in its `.report`.
     """
     start = time.monotonic()
-    check_inputs(concepts, {"the fit corpus": sentences, "the neutral text": neutral, "the unrelated corpus": unrelated or ()})
+    corpora_known = {"the fit corpus": sentences, "the neutral text": neutral, "the unrelated corpus": unrelated or ()}
+    check_inputs(concepts, corpora_known)
     refined = {pairs.name: refine(source, pairs, batch_size=batch_size) for pairs in concepts}
     names = list(refined)
     # The paper's rows: the last token of each sentence, its end cut off so that it is not always a full stop.
-    corpora: dict[str, tuple[Sequence[str], Rows]] = {"": (sentences, "words"), "paper": (cut_short(sentences), "last")}
+    corpora: dict[str, tuple[Sequence[str], Rows]] = {"": (sentences, "words")}
+    if arms is None or "paper" in arms:
+        corpora["paper"] = (cut_short(sentences), "last")
     if unrelated is not None:
         corpora["neutral_corpus"] = (unrelated, "words")
 
@@ -117,51 +124,77 @@ def run_experiment(
         return {name: collect(model, texts, rows=kind, batch_size=batch_size) for name, (texts, kind) in corpora.items()}
 
     seen_by_source = rows(source)
+    found: dict[str, dict[str, Transfer]] = {name: {} for name in targets}
+    failures: dict[str, str] = {}
+    stop = Event()
 
-    def into(target: HookedModel) -> dict[str, Transfer]:
-        seen = rows(target)
+    def into(name: str) -> None:
+        target, seen = targets[name], rows(targets[name])
         maps = {
-            name: LayerMaps.fit(seen_by_source[name], seen[name], method="paper" if name == "paper" else "ridge")
-            for name in corpora
+            corpus: LayerMaps.fit(seen_by_source[corpus], seen[corpus], method="paper" if corpus == "paper" else "ridge")
+            for corpus in corpora
         }
         main = maps.pop("")
-        transfers = {}
-        for pairs, name, other in zip(concepts, names, names[1:] + names[:1], strict=True):
-            report = evaluate(
-                target,
-                pairs,
-                refined[name],
-                main,
-                neutral=neutral,
-                other=refined[other] if other != name else None,
-                other_maps=maps,
-                strengths=strengths,
-                budget=budget,
-                n_random=n_random,
-                seed=seed,
-            )
+        for pairs, concept, other in zip(concepts, names, names[1:] + names[:1], strict=True):
+            if stop.is_set():
+                return
+            try:
+                report = evaluate(
+                    target,
+                    pairs,
+                    refined[concept],
+                    main,
+                    neutral=neutral,
+                    task=(tasks or {}).get(concept),
+                    arms=arms,
+                    rivals=replace(rivals, other=refined[other] if other != concept else rivals.other, maps=maps),
+                    search=search,
+                    known={place: texts for place, texts in corpora_known.items() if texts},
+                    allow_overlap=allow_overlap,
+                    seed=seed,
+                    stopped=stop.is_set,
+                )
+            except ScoringFailed as error:
+                failures[f"{concept} into {name}"] = str(error)
+                continue
+            except Interrupted as interrupted:
+                report = interrupted.report
             s, t = report.layer_source, report.layer_target
             here = main.only([s], [t])
-            moved = reformulate(refined[name], here, layers={s: t})
-            transfers[name] = Transfer(report, moved, here.reweighted(refined[name])[s, t])
-        return transfers
+            moved = reformulate(refined[concept], here, layers={s: t})
+            found[name][concept] = Transfer(report, moved, here.reweighted(refined[concept])[s, t])
 
-    with _side_by_side(targets) as pool:
-        transfers = dict(zip(targets, pool.map(into, targets.values()), strict=True))
-    about = {
-        "seeds": {"controls": seed},
-        "versions": versions(),
-        "models": {"source": identify(source).to_dict()} | {name: identify(model).to_dict() for name, model in targets.items()},
-        "sizes": {
-            "fit_sentences": len(sentences),
-            "fit_rows": len(seen_by_source[""]),
-            "neutral_texts": len(neutral),
-            "random_vectors": n_random,
-            "loss_budget": budget,
-        },
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    return Experiment(refined, transfers, about)
+    def experiment() -> Experiment:
+        about = {
+            "seeds": {"controls": seed},
+            "versions": versions(),
+            "models": {"source": identify(source).to_dict()}
+            | {name: identify(model).to_dict() for name, model in targets.items()},
+            "sizes": {
+                "fit_sentences": len(sentences),
+                "fit_rows": len(seen_by_source[""]),
+                "neutral_texts": len(neutral),
+                "random_vectors": rivals.n_random,
+                "loss_budget": search.budget,
+            },
+            "partial": stop.is_set(),
+            "failures": failures,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        return Experiment(refined, {name: row for name, row in found.items() if row}, about)
+
+    try:
+        with _side_by_side(targets) as pool:
+            running = [pool.submit(into, name) for name in targets]
+            try:
+                for one in running:
+                    one.result()
+            except BaseException:
+                stop.set()
+                raise
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(experiment()) from interrupt
+    return experiment()
 
 
 @contextmanager

@@ -486,6 +486,19 @@ class LayerMaps:
         # The dual coefficients of a centred fit sum to zero over rows: the target's mean need not be taken out.
         return torch.stack([duals @ self.target.at(t).double() for t in targets], dim=1).float()
 
+    def carry_several(self, vectors: Float[Tensor, "vector d_source"]) -> Float[Tensor, "vector d_target"]:
+        """W v of several vectors between the one pair of layers that these maps have: one factorisation serves all.
+
+        ValueError for maps between more layers.
+        """
+        if len(self.source.layers) != 1 or len(self.target.layers) != 1:
+            raise ValueError(f"expected maps between one pair of layers; got {self}. Use maps.only([s], [t]).")
+        [s], [t] = self.source.layers, self.target.layers
+        vectors = vectors.to(self.source.values.device).double()
+        if self.method not in DUAL:
+            return torch.stack([self._carry_one(s, t, v) for v in vectors]).float()
+        return (self._dual(s, vectors.T).T @ self.target.at(t).double()).float()
+
     def _carry_one(self, s: int, t: int, v: Float[Tensor, " d_source"]) -> Float[Tensor, " d_target"]:
         if self.method == "identity":
             return v
@@ -494,9 +507,10 @@ class LayerMaps:
         assert coefficients is not None
         return source.coordinates(v / self._spread(s)) @ coefficients
 
-    def _dual(self, layer: int, v: Float[Tensor, " d_source"]) -> Float[Tensor, " row"]:
+    def _dual(self, layer: int, v: Float[Tensor, "d_source *vector"]) -> Float[Tensor, "row *vector"]:
         """The row coefficients a with W v = Y^T a, Y as given."""
-        ridge, weights, v = self.ridge(layer), self._weights(layer), v / self._spread(layer)
+        ridge, weights = self.ridge(layer), self._weights(layer)
+        v = (v.reshape(len(v), -1) / self._spread(layer).reshape(-1, 1)).reshape(v.shape)
         if weights is None or ridge == 0:
             source = self.decomposition(layer)
             if self.method == "pcr":
@@ -505,7 +519,7 @@ class LayerMaps:
         else:  # the ridge is known: one factorisation will do
             rows = weighted_centred(self._fitted_rows(layer), weights)
             dual = dual_coefficients(rows, v, ridge * float(rows.square().sum()) / most_rank(rows))
-        return dual if weights is None else weights.sqrt() * dual
+        return dual if weights is None else einsum(weights.sqrt(), dual, "row, row ... -> row ...")
 
     def coverage(self, concept: ConceptVector) -> Float[Tensor, " source_layer"]:
         """For every source layer, the share of the concept that the corpus lets a map see, from the source alone.

@@ -78,12 +78,12 @@ def _image(figure: Any) -> str:
 
 
 def _table(report: TransferReport) -> str:
-    metrics = list(report.arms["base"])
+    metrics = list(dict.fromkeys(metric for values in report.arms.values() for metric in values))
     head = "".join(f"<th>{escape(metric.replace('_', ' '))}" for metric in [*metrics, "cosine to native", "norm"])
     rows = []
     for arm, values in report.arms.items():
         geometry = report.geometry.get(arm, {})
-        cells = [_cell(values[metric]) for metric in metrics]
+        cells = [_cell(values[metric]) if metric in values else "" for metric in metrics]
         cells += [f"{geometry[key]:.2f}" if key in geometry else "" for key in ("cosine_to_native", "norm")]
         mark = " class=moved" if arm == "transplanted" else ""
         rows.append(f"<tr{mark}><td>{escape(arm.replace('_', ' '))}" + "".join(f"<td>{cell}" for cell in cells))

@@ -95,9 +95,10 @@ class Decomposition:
         reproducing its rows exactly."""
         return len(self.eigenvalues) == len(self.u) - self.centre
 
-    def along(self, v: Float[Tensor, " d_source"]) -> Float[Tensor, " row"]:
+    def along(self, v: Float[Tensor, "d_source *vector"]) -> Float[Tensor, "row *vector"]:
         """X v. The mean is taken out of the products, which spares a copy of the rows."""
-        return self.prepare((self.x.double() @ v)[:, None])[:, 0]
+        seen = self.x.double() @ v
+        return self.prepare(seen.reshape(len(seen), -1)).reshape(seen.shape)
 
     def dual(self, seen: Float[Tensor, "row ..."], ridge: float) -> Float[Tensor, "row ..."]:
         """a = U (S^2 + lambda)^-1 U^T X v for `seen` = X v, lambda absolute, so that W v = Y^T a; for X itself, W = Y^T a."""
@@ -148,17 +149,20 @@ def decompose(
 
 
 def dual_coefficients(
-    rows: Float[Tensor, "row d_source"], v: Float[Tensor, " d_source"], ridge: float
-) -> Float[Tensor, " row"]:
+    rows: Float[Tensor, "row d_source"], v: Float[Tensor, "d_source *vector"], ridge: float
+) -> Float[Tensor, "row *vector"]:
     """a = X (X^T X + lambda I)^-1 v = (X X^T + lambda I)^-1 X v, for one lambda > 0: a Cholesky factorisation of the smaller
     Gram matrix, some twenty times cheaper than the decomposition that serves every lambda."""
     n, d_source = rows.shape
     gram = products(rows if n <= d_source else rows.T)
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
+    columns = v.reshape(d_source, -1)
     if n <= d_source:
-        return torch.cholesky_solve((rows @ v)[:, None], factor)[:, 0]
-    return rows @ torch.cholesky_solve(v[:, None], factor)[:, 0]
+        duals = torch.cholesky_solve(rows @ columns, factor)
+    else:
+        duals = rows @ torch.cholesky_solve(columns, factor)
+    return duals.reshape(n, *v.shape[1:])
 
 
 def products(x: Float[Tensor, "row column"]) -> Float[Tensor, "row row"]:

@@ -1,0 +1,163 @@
+"""Intervals: 95%, over the questions an arm was asked and, where an arm has several, over its vectors.
+
+    estimate(hits)                           a mean with its interval
+    difference(hits, rival)                  the same questions, so resampled together
+    transfer_rate(moved, base, native)       (moved - base) / (native - base), likewise
+
+Bootstrap percentiles. Questions of one group (two phrasings of one fact) are drawn together. Two places where the bootstrap is
+too sure of itself are mended: a rate of few questions, or of exactly 0 or 1, has the Clopper-Pearson interval; and a difference
+that rests on few questions excludes 0 only if the exact sign test does.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+RESAMPLES = 2000
+FEW = 100
+"""Independent questions below which a rate has the Clopper-Pearson interval."""
+FEW_DISCORDANT = 30
+"""Groups that differ between two arms, below which the sign test has to agree: with five, all for one side, it does not
+(1/32 > 2.5%)."""
+_TAIL = 0.025
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    """Questions or texts."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def estimate(
+    values: Float[np.ndarray, "vector item"],
+    *,
+    counts: Float[np.ndarray, " item"] | None = None,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """Mean over vectors of sum(values) / sum(counts) over items. Without groups each item is its own."""
+    sums, sizes = _by_group(values, counts, groups)
+    value = float(sums.mean(0).sum() / sizes.sum())
+    shares = sums.mean(0) / sizes
+    if counts is None and bool(np.isin(shares, (0.0, 1.0)).all()):
+        hits, n = round(float(shares.sum())), len(shares)
+        if n < FEW or hits in (0, n):
+            return Estimate(value, *clopper_pearson(hits, n), values.shape[1])
+    return Estimate(value, *_percentiles(_resampled(sums, sizes, seed)), values.shape[1])
+
+
+def difference(
+    values: Float[np.ndarray, " item"],
+    rival: Float[np.ndarray, "vector item"],
+    *,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of values - rival over items, for the vector of the rival that comes nearest to the values.
+
+    That vector is picked by its interval: n vectors as good as the one they are compared with are all below it once in n + 1
+    times only, which no mean over them would show.
+    """
+    sums, sizes = _by_group(values[None] - rival, None, groups)
+    means = _resampled_each(sums, sizes, seed)
+    low, high = np.percentile(means, [100 * _TAIL, 100 * (1 - _TAIL)], axis=1)
+    nearest = int(low.argmin())
+    signs = np.sign(sums[nearest])
+    apart, ahead = int(np.abs(signs).sum()), int((signs > 0).sum())
+    below, above = float(low[nearest]), float(high[nearest])
+    if apart < FEW_DISCORDANT:
+        below = below if _binomial_tail(apart - ahead, apart, 0.5) <= _TAIL else min(below, 0.0)
+        above = above if _binomial_tail(ahead, apart, 0.5) <= _TAIL else max(above, 0.0)
+    return Estimate(float(sums[nearest].sum() / sizes.sum()), below, above, values.shape[0])
+
+
+def transfer_rate(
+    moved: Float[np.ndarray, " item"],
+    base: Float[np.ndarray, " item"],
+    native: Float[np.ndarray, " item"],
+    *,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Estimate | None:
+    """(moved - base) / (native - base), all three on the same resampled items; None where native and base are not apart, as the
+    ratio then says nothing."""
+    ceiling = difference(native, base[None], groups=groups, seed=seed)
+    if ceiling.low <= 0 <= ceiling.high:
+        return None
+    sums, sizes = _by_group(np.stack([moved - base, native - base]), None, groups)
+    gained, possible = _resampled_each(sums, sizes, seed)
+    ratios = gained / np.where(possible == 0, np.nan, possible)
+    low, high = np.nanpercentile(ratios, [100 * _TAIL, 100 * (1 - _TAIL)])
+    return Estimate(float(sums[0].sum() / sums[1].sum()), float(low), float(high), len(moved))
+
+
+def clopper_pearson(hits: int, n: int) -> tuple[float, float]:
+    """The exact 95% interval of a rate of `hits` out of `n` independent questions."""
+    low = 0.0 if hits == 0 else _solve(lambda p: _binomial_tail(n - hits, n, 1 - p) - _TAIL)
+    high = 1.0 if hits == n else _solve(lambda p: _TAIL - _binomial_tail(hits, n, p))
+    return low, high
+
+
+def _binomial_tail(at_most: int, n: int, p: float) -> float:
+    """P(X <= at_most) of a binomial."""
+    return math.fsum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(at_most + 1))
+
+
+def _solve(rising: Callable[[float], float]) -> float:
+    """The root between 0 and 1 of a function that rises."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def _by_group(
+    values: Float[np.ndarray, "vector item"], counts: Float[np.ndarray, " item"] | None, groups: Sequence[str] | None
+) -> tuple[Float[np.ndarray, "vector group"], Float[np.ndarray, " group"]]:
+    """Sums over each group, and what they are divided by."""
+    n = values.shape[1]
+    labels = [group or f"item {i}" for i, group in enumerate(groups or [""] * n)]
+    names, member = np.unique(labels, return_inverse=True)
+    sums = np.zeros((len(values), len(names)))
+    for row, value in zip(sums, values, strict=True):
+        np.add.at(row, member, value)
+    return sums, np.bincount(member, weights=np.ones(n) if counts is None else counts, minlength=len(names)).astype(float)
+
+
+def _draws(n: int, rng: np.random.Generator) -> Float[np.ndarray, "resample n"]:
+    return rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
+
+
+def _resampled_each(
+    sums: Float[np.ndarray, "vector group"], sizes: Float[np.ndarray, " group"], seed: int
+) -> Float[np.ndarray, "vector resample"]:
+    """Means of every vector over the same resampled groups."""
+    picked = _draws(len(sizes), np.random.default_rng(seed))
+    return sums @ picked.T / (picked @ sizes)
+
+
+def _resampled(
+    sums: Float[np.ndarray, "vector group"], sizes: Float[np.ndarray, " group"], seed: int
+) -> Float[np.ndarray, " resample"]:
+    """Means over resampled vectors and groups."""
+    rng = np.random.default_rng(seed)
+    picked = _draws(len(sizes), rng)
+    vectors = _draws(len(sums), rng) / len(sums)
+    return ((vectors @ sums) * picked).sum(1) / (picked @ sizes)
+
+
+def _percentiles(means: Float[np.ndarray, " resample"]) -> tuple[float, float]:
+    low, high = np.percentile(means, [100 * _TAIL, 100 * (1 - _TAIL)])
+    return float(low), float(high)
