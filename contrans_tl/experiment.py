@@ -20,8 +20,9 @@ import torch
 
 from contrans_tl.activations import Activations, Rows, collect
 from contrans_tl.artifacts import versions
-from contrans_tl.data import ContrastPairs, cut_short, normalised
+from contrans_tl.data import ContrastPairs, cut_short
 from contrans_tl.evaluation import BUDGET, STRENGTHS, TransferReport, evaluate
+from contrans_tl.leakage import Leak, check_leaks
 from contrans_tl.models import HookedModel, identify
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
@@ -58,24 +59,20 @@ class Experiment:
         return {"targets": targets, **self.about}
 
 
-def check_inputs(concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]]) -> None:
-    """ValueError for two concepts of one name, or a corpus that contains a prompt that a concept is refined, chosen or tested
-    on, whatever case and spacing: a map fitted on the prompts that it is tested on would prove nothing about other text.
+def check_inputs(
+    concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]], *, allow_overlap: bool = False
+) -> dict[str, tuple[Leak, ...]]:
+    """The leaks of each concept, none of them unless overlap is allowed.
+
+    ValueError for two concepts of one name, and what `check_leaks` raises: for prompts that are not held out, or that a map
+    would be fitted on.
     """
     names = [pairs.name for pairs in concepts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"expected concepts of different names, as reports and files are named by them; got {twice[0]!r} twice."
         )
-    for corpus, texts in corpora.items():
-        text = "\n".join(normalised(sentence) for sentence in texts)
-        for pairs in concepts:
-            prompts = [*pairs.positive, *pairs.negative, *(question.prompt for question in (*pairs.select, *pairs.test))]
-            found = [prompt for prompt in prompts if normalised(prompt) in text]
-            if found:
-                raise ValueError(
-                    f"{len(found)} prompts of {pairs.name} occur in {corpus}, for example {found[0]!r}; take them out of one."
-                )
+    return {pairs.name: check_leaks(pairs, corpora, allow_overlap=allow_overlap) for pairs in concepts}
 
 
 def run_experiment(
