@@ -79,6 +79,8 @@ def test_pairs_are_made_of_tuples_in_memory():
     assert pairs == ContrastPairs("happiness", tuple(POSITIVE), tuple(NEGATIVE))
     with pytest.raises(ValueError, match="x: expected positive prompts; got none"):
         ContrastPairs.of("x", [])
+    with unchecked(), pytest.raises(ValueError, match="x, pair 2 is no pair of a positive and a negative text: tuple"):
+        ContrastPairs.of("x", [("a", "b"), ("a",)])
 
 
 BAD_QUESTIONS = {

@@ -59,6 +59,9 @@ def test_a_question_is_known_in_other_brackets_too():
     assert find_leaks(["I saw the dog", "I saw the river"], {"": ["A dog at the river."]}) == ()
     # Nor is a template shared with a known text a leak.
     assert find_leaks(prompts, {"": ["[INST] What do quick foxes eat? [/INST]"]}) == ()
+    felt = [f"{what}.\nWhat I feel now is" for what in ("A dog sleeps", "A fox jumps")]
+    assert find_leaks(felt, {"": ["What I feel now is"]}) == ()
+    assert [leak.prompt for leak in find_leaks(felt, {"": ["sleeps. What I feel now is"]})] == felt[:1]
 
 
 WORDS = "the quick brown fox jumps over a lazy dog and letter made me feel happy by rivers".split()
@@ -152,4 +155,4 @@ def test_of_many_leaks_the_first_five_are_listed_in_one_line():
     with pytest.raises(ValueError, match="rain: 9 prompts are not held out: 'Scene 0:") as caught:
         check_leaks(pairs)
     said = str(caught.value)
-    assert "\n" not in said and said.count("same as in the refine pairs") == 5 and "; ..." in said
+    assert "\n" not in said and said.count("same as in the refine pairs") == 5 and "; and 4 more. Take" in said
