@@ -24,7 +24,19 @@ if TYPE_CHECKING:
     from contrans_tl.data import ContrastPairs as ContrastPairs
     from contrans_tl.data import Question as Question
     from contrans_tl.data import read_sentences as read_sentences
+    from contrans_tl.data import read_statements as read_statements
     from contrans_tl.evaluation import evaluate as evaluate
+    from contrans_tl.formats import ToxigenTask as ToxigenTask
+    from contrans_tl.formats import emotion_concepts as emotion_concepts
+    from contrans_tl.formats import persona_pairs as persona_pairs
+    from contrans_tl.formats import read_behaviours as read_behaviours
+    from contrans_tl.formats import read_scenarios as read_scenarios
+    from contrans_tl.formats import read_toxigen as read_toxigen
+    from contrans_tl.formats import read_truthfulqa as read_truthfulqa
+    from contrans_tl.formats import toxigen_pairs as toxigen_pairs
+    from contrans_tl.leakage import Leak as Leak
+    from contrans_tl.leakage import check_leaks as check_leaks
+    from contrans_tl.leakage import find_leaks as find_leaks
     from contrans_tl.learning import learning_curve as learning_curve
     from contrans_tl.models import HookedModel as HookedModel
     from contrans_tl.models import ModelId as ModelId
@@ -51,8 +63,19 @@ if TYPE_CHECKING:
 _HOME = {
     "activations": ("Activations", "collect", "pair"),
     "corpora": ("select_sentences",),
-    "data": ("ContrastPairs", "Question", "read_sentences"),
+    "data": ("ContrastPairs", "Question", "read_sentences", "read_statements"),
     "evaluation": ("evaluate",),
+    "formats": (
+        "ToxigenTask",
+        "emotion_concepts",
+        "persona_pairs",
+        "read_behaviours",
+        "read_scenarios",
+        "read_toxigen",
+        "read_truthfulqa",
+        "toxigen_pairs",
+    ),
+    "leakage": ("Leak", "check_leaks", "find_leaks"),
     "learning": ("learning_curve",),
     "models": ("HookedModel", "ModelId", "identify", "load_model"),
     "moments": ("fit_streamed",),

@@ -95,8 +95,8 @@ class ContrastPairs:
     @classmethod
     def of(cls, name: str, pairs: Iterable[tuple[str, str]]) -> "ContrastPairs":
         """From (positive, negative) texts, as the package steering-vectors takes them."""
-        positive, negative = zip(*pairs, strict=True) if (pairs := list(pairs)) else ((), ())
-        return cls(name, positive, negative)
+        sides = _pairs_from((f"{name}, pair {number}", pair) for number, pair in enumerate(pairs, 1))
+        return cls(name, tuple(sides["positive"]), tuple(sides["negative"]))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], name: str | None = None) -> "ContrastPairs":
@@ -227,19 +227,22 @@ def read_entries(path: str | os.PathLike[str]) -> list[tuple[str, Any]]:
 def read_table(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a CSV file, each with its place to name in an error. ValueError for a column that is missing, or a row that
     has fewer or more cells than the header."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
-        header = list(reader.fieldnames or [])
+        header = next(reader, [])
         if not set(columns) <= set(header):
-            raise ValueError(f"{path}: expected CSV with the columns {','.join(columns)}; got {','.join(header) or 'no rows'}.")
-        line = reader.line_num + 1
-        for row in reader:
-            place, cells = f"{path}, line {line}", [*(row.get(name) for name in header), *row.get(None, ())]
-            filled = sum(cell is not None for cell in cells)
-            if filled != len(header):
-                raise ValueError(f"{place}: expected {len(header)} cells, as the header has; got {filled}. Commas need quotes.")
-            yield place, row
-            line = reader.line_num + 1
+            got = repr(",".join(header)[:90]) if header else "no rows"
+            raise ValueError(f"{path}: expected CSV with the columns {','.join(columns)}; got {got}.")
+        begin = reader.line_num + 1
+        for cells in reader:
+            place = f"{path}, line {begin}"
+            if cells and len(cells) != len(header):
+                raise ValueError(
+                    f"{place}: expected {len(header)} cells, as the header has; got {len(cells)}. Quote texts with commas."
+                )
+            if cells:
+                yield place, dict(zip(header, cells, strict=True))
+            begin = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
 
@@ -253,7 +256,10 @@ def behaviour(place: str, entry: Any) -> tuple[str, str, str]:
     texts: list[Any] = [entry.get(key) for key in keys] if isinstance(entry, dict) else []
     if len(texts) != 3 or not _is_texts(texts):
         raise ValueError(f"{place}: expected an object with the texts {', '.join(keys)}; got {describe(entry)}.")
-    return texts[0], texts[1], texts[2]
+    question, matching, other = texts
+    if matching == other:
+        raise ValueError(f"{place}: expected two different answers; got {matching!r} twice.")
+    return question, matching, other
 
 
 def describe(value: Any) -> str:
@@ -278,13 +284,13 @@ def _pairs_from(entries: Iterable[tuple[str, Any]]) -> dict[str, list[str]]:
     sides: dict[str, list[str]] = {"positive": [], "negative": []}
     for place, entry in entries:
         pair: list[Any] = []
-        if isinstance(entry, dict) and "question" in entry:
+        if isinstance(entry, dict) and "answer_matching_behavior" in entry:
             question, *answers = behaviour(place, entry)
             pair = [question + answer for answer in answers]
         elif isinstance(entry, dict):
             pair = [entry.get("positive", entry.get("pos")), entry.get("negative", entry.get("neg"))]
-        elif isinstance(entry, list):
-            pair = entry
+        elif isinstance(entry, (list, tuple)):
+            pair = list(entry)
         if len(pair) != 2 or not _is_texts(pair):
             raise ValueError(f"{place} is no pair of a positive and a negative text: {describe(entry)}.")
         sides["positive"].append(pair[0])

@@ -22,7 +22,7 @@ import torch
 from contrans_tl.activations import Activations, Rows, collect
 from contrans_tl.artifacts import versions
 from contrans_tl.data import ContrastPairs, cut_short
-from contrans_tl.evaluation import Interrupted, Rivals, ScoringFailed, Search, Task, TransferReport, evaluate
+from contrans_tl.evaluation import BUDGET, STRENGTHS, TransferReport, evaluate
 from contrans_tl.leakage import Leak, check_leaks
 from contrans_tl.models import HookedModel, identify
 from contrans_tl.refinement import ConceptVector, refine
@@ -65,8 +65,8 @@ def check_inputs(
 ) -> dict[str, tuple[Leak, ...]]:
     """The leaks of each concept, none of them unless overlap is allowed.
 
-    ValueError for two concepts of one name, and what `check_leaks` raises: prompts that are not held out, or that a map would be
-    fitted on.
+    ValueError for two concepts of one name, and what `check_leaks` raises: for prompts that are not held out, or that a map
+    would be fitted on.
     """
     names = [pairs.name for pairs in concepts]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -50,9 +50,9 @@ class Leak:
 def find_leaks(prompts: Sequence[str], known: Mapping[str, Sequence[str]]) -> tuple[Leak, ...]:
     """Prompts that occur in known texts, at most one leak for a prompt and a place: the most literal.
 
-    What all prompts begin or end with, a template, is left out as long as `PHRASE` words remain: a question
-    is as well known when it was seen in other brackets. Demonstrations before a prompt are to be left off by the caller, or
-    every prompt contains them: pass `Question.prompt`, not `Question.text`.
+    What all prompts begin or end with, a template, is left out as long as `PHRASE` words remain: a question is as well known
+    when it was seen in other brackets. Demonstrations before a prompt are to be left off by the caller, or every prompt
+    contains them: pass `Question.prompt`, not `Question.text`.
 
     Args:
         known: {"the refine pairs": [...], "the fit corpus": [...]}: what must not hold the prompts.
@@ -94,7 +94,7 @@ def check_leaks(
     ]
     if leaks and not allow_overlap:
         n = len({leak.prompt for leak in leaks})
-        listed = "; ".join(map(str, leaks[:5])) + ("; ..." if len(leaks) > 5 else "")
+        listed = "; ".join(map(str, leaks[:5])) + (f"; and {len(leaks) - 5} more" if len(leaks) > 5 else "")
         raise ValueError(
             f"{pairs.name}: {n} {'prompt is' if n == 1 else 'prompts are'} not held out: {listed}. Take them out of one place, "
             "or pass allow_overlap=True to run all the same; the report is then marked in-sample."
@@ -156,7 +156,9 @@ class _Search:
                 if not (having := self._with.get(run)):
                     return
                 fewest = min(fewest, having, key=len)
-            yield from ((prompt, "contains") for prompt in fewest if whole in self._whole[prompt])
+            holding = [prompt for prompt in fewest if whole in self._whole[prompt]]
+            if len(holding) < max(2, len(self.prompts)):  # what all of several prompts hold is of their template
+                yield from ((prompt, "contains") for prompt in holding)
 
 
 def _words(text: str) -> Phrase:

@@ -78,8 +78,11 @@ def test_text_from_data_is_never_markup_in_the_report(experiment):
 def test_a_corpus_that_contains_a_prompt_is_refused():
     pairs = ContrastPairs.load(DATA / "concepts/anger.json")
     shouted = "  ".join(pairs.test[0].prompt.upper().split())
-    with pytest.raises(ValueError, match="occur in the fit corpus"):
-        check_inputs([pairs], {"the fit corpus": ["A sentence.", f"So: {shouted} anger."]})
+    corpora = {"the fit corpus": ["A sentence.", f"So: {shouted} anger."]}
+    with pytest.raises(ValueError, match="anger: 1 prompt is not held out: .*contained in the fit corpus"):
+        check_inputs([pairs], corpora)
+    leaks = check_inputs([pairs], corpora, allow_overlap=True)
+    assert [leak.prompt for leak in leaks["anger"]] == [pairs.test[0].prompt]
 
 
 def test_the_corpora_of_the_demo_contain_no_prompt_and_no_emotion_label():
@@ -184,10 +187,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "one side": (run(pairs=file("one.json", {"positive": ["a"], "negative": []})), "needs both sides"),
         "one name twice": ([*run(), "--pairs", pairs], "different names"),
         "no questions": (run(pairs=file("bare.json", {"pos": ["a"], "neg": ["b"]})), "select and test questions"),
-        "shared prompts": (run(pairs=file("leak.json", leaking)), "more than one of refine, select and test"),
+        "shared prompts": (run(pairs=file("leak.json", leaking)), "is not held out"),
         "encoding": (run(corpus=file("latin.txt", "caf\xe9 au lait".encode("latin-1"))), "expected UTF-8"),
         "empty corpus": (run(corpus=file("empty.txt", b"\n\n")), "the file has none"),
-        "prompts in the corpus": (run(corpus=file("seen.json", [anger["test"][0]["prompt"], "b", "c"])), "occur in"),
+        "prompts in the corpus": (run(corpus=file("seen.json", [anger["test"][0]["prompt"], "b", "c"])), "not held out"),
         "not an artifact": (["reformulate", corpus, corpus, "--layers", "1:1"], "not a safetensors file"),
         "no such command": (["transmogrify"], "No such command"),
         "no such dtype": (["refine", source, "--pairs", pairs, "--dtype", "int3"], "expected dtype"),
