@@ -22,8 +22,17 @@ import torch
 from contrans_tl.activations import Activations, Rows, collect
 from contrans_tl.artifacts import versions
 from contrans_tl.data import ContrastPairs, cut_short
-from contrans_tl.evaluation import BUDGET, STRENGTHS, TransferReport, evaluate
-from contrans_tl.leakage import Leak, check_leaks
+from contrans_tl.evaluation import (
+    Interrupted,
+    Rivals,
+    ScoringFailed,
+    Search,
+    Task,
+    TransferReport,
+    evaluate,
+    leaks_of,
+    task_of,
+)
 from contrans_tl.models import HookedModel, identify
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
@@ -61,19 +70,21 @@ class Experiment:
 
 
 def check_inputs(
-    concepts: Sequence[ContrastPairs], corpora: Mapping[str, Sequence[str]], *, allow_overlap: bool = False
-) -> dict[str, tuple[Leak, ...]]:
-    """The leaks of each concept, none of them unless overlap is allowed.
-
-    ValueError for two concepts of one name, and what `check_leaks` raises: for prompts that are not held out, or that a map
-    would be fitted on.
-    """
+    concepts: Sequence[ContrastPairs],
+    corpora: Mapping[str, Sequence[str]],
+    *,
+    tasks: Mapping[str, Task] | None = None,
+    allow_overlap: bool = False,
+) -> None:
+    """ValueError for two concepts of one name, and for prompts that are not held out (`check_leaks`)."""
     names = [pairs.name for pairs in concepts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"expected concepts of different names, as reports and files are named by them; got {twice[0]!r} twice."
         )
-    return {pairs.name: check_leaks(pairs, corpora, allow_overlap=allow_overlap) for pairs in concepts}
+    for pairs in concepts:
+        task = (tasks or {}).get(pairs.name) or task_of(pairs)
+        leaks_of(task, pairs, corpora, allow_overlap=allow_overlap)
 
 
 def run_experiment(
@@ -110,7 +121,7 @@ def run_experiment(
     """
     start = time.monotonic()
     corpora_known = {"the fit corpus": sentences, "the neutral text": neutral, "the unrelated corpus": unrelated or ()}
-    check_inputs(concepts, corpora_known)
+    check_inputs(concepts, corpora_known, tasks=tasks, allow_overlap=allow_overlap)
     refined = {pairs.name: refine(source, pairs, batch_size=batch_size) for pairs in concepts}
     names = list(refined)
     # The paper's rows: the last token of each sentence, its end cut off so that it is not always a full stop.

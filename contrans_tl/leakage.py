@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from contrans_tl.data import ContrastPairs, Question
+from contrans_tl.data import ContrastPairs
 
 How = Literal["same", "same but for case and spacing", "contained", "contains"]
 _HOWS: tuple[How, ...] = ("same", "same but for case and spacing", "contained", "contains")
@@ -70,7 +70,12 @@ def find_leaks(prompts: Sequence[str], known: Mapping[str, Sequence[str]]) -> tu
 
 
 def check_leaks(
-    pairs: ContrastPairs, corpora: Mapping[str, Sequence[str]] | None = None, *, allow_overlap: bool = False
+    pairs: ContrastPairs,
+    corpora: Mapping[str, Sequence[str]] | None = None,
+    *,
+    splits: Mapping[str, Sequence[str]] | None = None,
+    demonstrations: Sequence[str] | None = None,
+    allow_overlap: bool = False,
 ) -> tuple[Leak, ...]:
     """The leaks of a concept: test and own prompts in the select split, these and the select prompts among the refine pairs and
     the demonstrations, and all of them and the refine pairs in the corpora, as a map fitted on a concept's own prompts
@@ -78,18 +83,24 @@ def check_leaks(
 
     Args:
         corpora: {"the fit corpus": [...], "the neutral text": [...]}: texts that maps are fitted or losses measured on.
+        splits: {"select": [...], "test": [...], "own": [...]}, prompts without demonstrations; None: the pairs' own questions.
+        demonstrations: what stands before prompts; None: the prefixes of the pairs' questions.
         allow_overlap: return the leaks, for the report to be marked, instead of raising.
 
     Raises:
         ValueError: with the number of leaking prompts and the first few of them.
     """
     corpora = corpora or {}
+    if splits is None:
+        splits = {split: [question.prompt for question in getattr(pairs, split)] for split in ("select", "test", "own")}
+    if demonstrations is None:
+        demonstrations = [question.prefix for question in (*pairs.select, *pairs.test, *pairs.own) if question.prefix]
+    select, test = list(splits.get("select", ())), [*splits.get("test", ()), *splits.get("own", ())]
     refined = [*pairs.positive, *pairs.negative]
-    questions = [*pairs.select, *pairs.test, *pairs.own]
-    demonstrations = list(dict.fromkeys(question.prefix for question in questions))
+    before = {"the refine pairs": refined, "the few-shot examples": list(dict.fromkeys(demonstrations)), **corpora}
     leaks = [
-        *find_leaks(_prompts(pairs.test, pairs.own), {"the select split": _prompts(pairs.select)}),
-        *find_leaks(_prompts(questions), {"the refine pairs": refined, "the few-shot examples": demonstrations, **corpora}),
+        *find_leaks(test, {"the select split": select}),
+        *find_leaks([*select, *test], before),
         *find_leaks(refined, corpora),
     ]
     if leaks and not allow_overlap:
@@ -100,10 +111,6 @@ def check_leaks(
             "or pass allow_overlap=True to run all the same; the report is then marked in-sample."
         )
     return tuple(leaks)
-
-
-def _prompts(*splits: Iterable[Question]) -> list[str]:
-    return [question.prompt for split in splits for question in split]
 
 
 def _shown(prompt: str) -> str:

@@ -507,7 +507,7 @@ class LayerMaps:
         assert coefficients is not None
         return source.coordinates(v / self._spread(s)) @ coefficients
 
-    def _dual(self, layer: int, v: Float[Tensor, "d_source *vector"]) -> Float[Tensor, "row *vector"]:
+    def _dual(self, layer: int, v: Float[Tensor, " d_source *vector"]) -> Float[Tensor, " row *vector"]:
         """The row coefficients a with W v = Y^T a, Y as given."""
         ridge, weights = self.ridge(layer), self._weights(layer)
         v = (v.reshape(len(v), -1) / self._spread(layer).reshape(-1, 1)).reshape(v.shape)

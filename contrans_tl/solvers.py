@@ -95,7 +95,7 @@ class Decomposition:
         reproducing its rows exactly."""
         return len(self.eigenvalues) == len(self.u) - self.centre
 
-    def along(self, v: Float[Tensor, "d_source *vector"]) -> Float[Tensor, "row *vector"]:
+    def along(self, v: Float[Tensor, " d_source *vector"]) -> Float[Tensor, " row *vector"]:
         """X v. The mean is taken out of the products, which spares a copy of the rows."""
         seen = self.x.double() @ v
         return self.prepare(seen.reshape(len(seen), -1)).reshape(seen.shape)
@@ -149,8 +149,8 @@ def decompose(
 
 
 def dual_coefficients(
-    rows: Float[Tensor, "row d_source"], v: Float[Tensor, "d_source *vector"], ridge: float
-) -> Float[Tensor, "row *vector"]:
+    rows: Float[Tensor, "row d_source"], v: Float[Tensor, " d_source *vector"], ridge: float
+) -> Float[Tensor, " row *vector"]:
     """a = X (X^T X + lambda I)^-1 v = (X X^T + lambda I)^-1 X v, for one lambda > 0: a Cholesky factorisation of the smaller
     Gram matrix, some twenty times cheaper than the decomposition that serves every lambda."""
     n, d_source = rows.shape

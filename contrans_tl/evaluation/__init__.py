@@ -34,7 +34,7 @@ from contrans_tl.evaluation.tasks import (
     task_of,
     write,
 )
-from contrans_tl.evaluation.transfer import Interrupted, TransferReport, evaluate
+from contrans_tl.evaluation.transfer import Interrupted, TransferReport, evaluate, leaks_of
 
 __all__ = [
     "ARMS",
@@ -70,6 +70,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "frontier",
+    "leaks_of",
     "plain",
     "random_like",
     "read_questions",

@@ -24,12 +24,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
-from contrans_tl.data import ContrastPairs, Question, read_text
+from contrans_tl.data import ContrastPairs, Metric, Question, read_text
 from contrans_tl.evaluation.questions import ReadQuestion, answer_questions, read_questions
 from contrans_tl.evaluation.subjects import Sampling, Subject
 from contrans_tl.tokens import encode
@@ -75,13 +75,17 @@ class Task(ABC):
         """Prompts with one group belong together and are resampled together; empty for one that stands alone."""
         return [""] * len(self.prompts(split))
 
+    def demonstrations(self) -> Sequence[str]:
+        """What stands before prompts and is no part of them (`prompts` are without it)."""
+        return ()
+
     def screening(self) -> "Task":
         """The task with every other prompt of the select split, on which many layers are looked at first; by default itself."""
         return self
 
     def describe(self) -> dict[str, Any]:
         """What the report says of it."""
-        sizes = {split: len(self.prompts(split)) for split in ("select", "test", "own")}  # type: ignore[arg-type]
+        sizes = {split: len(self.prompts(split)) for split in get_args(Split)}
         return {"task": type(self).__name__, "name": self.name, "metric": self.metric, "wanted": self.wanted, "prompts": sizes}
 
 
@@ -93,7 +97,6 @@ class _Asked(Task):
     own: tuple[Question, ...] = ()
     """Prompts of the concept itself, which are answered its way without any help."""
     batch_size: int = 64
-    metric: ClassVar[Literal["token_accuracy", "mc1"]]  # type: ignore[misc]
     _read: dict[Any, list[ReadQuestion]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -106,6 +109,10 @@ class _Asked(Task):
 
     def groups(self, split: Split) -> list[str]:
         return [question.group for question in getattr(self, split)]
+
+    def demonstrations(self) -> list[str]:
+        questions = (*self.select, *self.test, *self.own)
+        return list(dict.fromkeys(question.prefix for question in questions if question.prefix))
 
     def screening(self) -> Task:
         return replace(self, select=self.select[::2], _read={})
@@ -123,13 +130,13 @@ class _Asked(Task):
 class RestrictedChoice(_Asked):
     """One of a few words has to follow: token and logit accuracy (`questions`)."""
 
-    metric = "token_accuracy"
+    metric: Metric = "token_accuracy"
 
 
 class MultipleChoice(_Asked):
     """One of several answers, of any length, has to be the likeliest: `mc1`, `mc1_normalised`, `mc2` (`questions`)."""
 
-    metric = "mc1"
+    metric: Metric = "mc1"
 
 
 def task_of(pairs: ContrastPairs) -> Task:
@@ -189,8 +196,8 @@ class Continuations(Task):
             raise ValueError(f"{path}: expected {form}; got something else ({error!r}).") from error
         select, test, words = lists
         name = str(content.get("name", Path(path).stem))
-        options = {"scorer": WordList(tuple(words)), "threshold": 1.0} | options
-        return cls(name, tuple(select), tuple(test), **options)
+        scorer = options.pop("scorer", WordList(tuple(words)))
+        return cls(name, tuple(select), tuple(test), scorer, **({"threshold": 1.0} | options))
 
 
 def write(

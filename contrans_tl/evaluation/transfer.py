@@ -10,7 +10,7 @@ is apart from the base and from every vector of every null arm, each by its own 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from contrans_tl.evaluation.intervals import Estimate, difference, estimate, tra
 from contrans_tl.evaluation.selection import Choice, Search, Setting, choose
 from contrans_tl.evaluation.steerability import MULTIPLES, Steerability, steerability
 from contrans_tl.evaluation.subjects import SteeredAt
-from contrans_tl.evaluation.tasks import Marks, ScoringFailed, Task, task_of
-from contrans_tl.leakage import Leak
+from contrans_tl.evaluation.tasks import Marks, ScoringFailed, Split, Task, task_of
+from contrans_tl.leakage import Leak, check_leaks
 from contrans_tl.models import HookedModel, identify
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector, refine
@@ -185,14 +185,13 @@ def evaluate(
         Interrupted: ^C; a report of the arms measured so far is in its `.report`.
     """
     task = task_of(pairs) if task is None else task
-    for split in ("select", "test"):
-        if not task.prompts(split):  # type: ignore[arg-type]
-            raise ValueError(f"{task.name}: expected select and test questions to evaluate on; there are no {split} prompts.")
+    if not task.prompts("select") or not task.prompts("test"):
+        raise ValueError(f"{task.name}: expected select and test questions to evaluate on; there are none of one of them.")
     if not maps.target.model.same_space(here := identify(target)):
         raise ValueError(f"these maps lead into {maps.target.model}, the model is {here}: fit maps into this one.")
     if len(neutral) < 2:
         raise ValueError("expected at least two neutral texts: half to choose the strength on, half to report on.")
-    leaks = leaks_of(task, pairs, known or {}, allow_overlap)
+    leaks = leaks_of(task, pairs, known or {}, allow_overlap=allow_overlap)
     neutral_select, neutral_test = neutral[: len(neutral) // 2], neutral[len(neutral) // 2 :]
     concept = concept.only(*maps.source.layers)
     weighted = weighting == "concept" and maps.method not in UNWEIGHTED
@@ -280,9 +279,11 @@ def evaluate(
 
 
 def leaks_of(
-    task: Task, pairs: ContrastPairs, known: Mapping[str, Sequence[str]], allow_overlap: bool = False
+    task: Task, pairs: ContrastPairs, known: Mapping[str, Sequence[str]], *, allow_overlap: bool = False
 ) -> tuple[Leak, ...]:
-    return ()
+    """Prompts of the task that occur where they should not; see `check_leaks`."""
+    splits = {split: task.prompts(split) for split in get_args(Split)}
+    return check_leaks(pairs, known, splits=splits, demonstrations=task.demonstrations(), allow_overlap=allow_overlap)
 
 
 @dataclass(eq=False)
