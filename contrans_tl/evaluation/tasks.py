@@ -122,7 +122,11 @@ class _Asked(Task):
         if key not in self._read:
             self._read[key] = read_questions(subject.model, getattr(self, split), opening=subject.opening)
         answers = answer_questions(
-            subject.model, self._read[key], self.metric, forward=subject.forward, batch_size=self.batch_size
+            subject.model,
+            self._read[key],
+            self.metric,  # type: ignore[arg-type]  # a subclass says which
+            forward=subject.forward,
+            batch_size=self.batch_size,
         )
         return Marks(answers.hits, answers.margin)
 
