@@ -125,6 +125,7 @@ def test_standardising_recovers_a_map_from_dimensions_of_very_different_size() -
 
 NESTED: list[tuple[Method, Method]] = [
     ("ridge", "pcr"),  # here at full rank: least squares, a ridge of zero
+    ("pcr", "pcr"),  # likewise
     ("reduced_rank", "ridge"),
     ("procrustes", "identity"),
 ]
