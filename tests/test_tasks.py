@@ -244,6 +244,33 @@ def test_few_shot_examples_and_an_opening_are_read_as_part_of_the_text(
     assert task.prompts("test") == PROMPTS and task.demonstrations() == ["fox: quick\n"]
 
 
+def test_another_model_at_the_same_address_is_read_anew(held: dict[str, Held]) -> None:
+    """A task outlives the models it is put to, and Python gives their addresses to the next."""
+    task = MultipleChoice("asked", CHOICES, CHOICES)
+    alone = {name: ask(MultipleChoice, CHOICES, Subject(held[name].model)).propensity for name in ("llama", "words")}
+    addresses = set()
+    for _ in range(4):
+        for name, expected in alone.items():
+            model = _Stand(held[name].model)
+            addresses.add(id(model))
+            assert np.array_equal(task.measure(Subject(model), "test").propensity, expected)  # type: ignore[arg-type]
+            del model
+    assert len(addresses) < 8, "no address came twice: this tested nothing"
+
+
+class _Stand:
+    """Stands for a model that is loaded and dropped."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_questions_costs_and_texts_are_the_same_in_batches_of_any_size(name: str, arm: bool, held: dict[str, Held]) -> None:
     model = held[name].model

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Float
@@ -97,7 +98,10 @@ class _Asked(Task):
     own: tuple[Question, ...] = ()
     """Prompts of the concept itself, which are answered its way without any help."""
     batch_size: int = 64
-    _read: dict[Any, list[ReadQuestion]] = field(default_factory=dict, repr=False)
+    _read: WeakKeyDictionary[Any, dict[Any, list[ReadQuestion]]] = field(
+        init=False, repr=False, default_factory=WeakKeyDictionary
+    )
+    """By model, for as long as it lives; an address says nothing, the next model may get it."""
 
     @classmethod
     def of(cls, pairs: ContrastPairs) -> Any:
@@ -115,15 +119,15 @@ class _Asked(Task):
         return list(dict.fromkeys(question.prefix for question in questions if question.prefix))
 
     def screening(self) -> Task:
-        return replace(self, select=self.select[::2], _read={})
+        return replace(self, select=self.select[::2])
 
     def measure(self, subject: Subject, split: Split) -> Marks:
-        key = (id(subject.model), subject.opening, split)
-        if key not in self._read:
-            self._read[key] = read_questions(subject.model, getattr(self, split), opening=subject.opening)
+        read, key = self._read.setdefault(subject.model, {}), (subject.opening, split)
+        if key not in read:
+            read[key] = read_questions(subject.model, getattr(self, split), opening=subject.opening)
         answers = answer_questions(
             subject.model,
-            self._read[key],
+            read[key],
             self.metric,  # type: ignore[arg-type]  # a subclass says which
             forward=subject.forward,
             batch_size=self.batch_size,
