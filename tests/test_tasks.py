@@ -225,6 +225,15 @@ def test_an_option_that_another_begins_with_is_refused_with_what_to_do(name: str
         assert ask(MultipleChoice, [Question("the", options, 0)], Subject(model)).metrics["mc1"].shape == (1,)
 
 
+def test_without_a_bos_token_something_has_to_stand_before_an_option(held: dict[str, Held], monkeypatch: Any) -> None:
+    it = held["llama"]
+    monkeypatch.setattr(it.model.cfg, "default_prepend_bos", False)
+    whole = it.tokenizer("the", add_special_tokens=False)["input_ids"]
+    assert len(whole) == 1 and it.tokenizer("t", add_special_tokens=False)["input_ids"] != whole
+    with pytest.raises(ValueError, match="nothing stands before"):
+        read_questions(it.model, [Question("t", ("he", "o"), 0)])
+
+
 @pytest.mark.parametrize("opening", ["", "Pretend you are lazy. "])
 @pytest.mark.parametrize("kind", [MultipleChoice, RestrictedChoice])
 def test_few_shot_examples_and_an_opening_are_read_as_part_of_the_text(

@@ -51,7 +51,8 @@ def read_questions(model: HookedModel, questions: Sequence[Question], *, opening
         opening: put before every prompt.
 
     Raises:
-        ValueError: an option that adds no token to its prompt, or what `encode` raises.
+        ValueError: an option that adds no token to its prompt, a prompt that has no token in common with all its options, or
+            what `encode` raises.
     """
     texts = [[opening + q.text, *(opening + q.text + option for option in q.options)] for q in questions]
     encodings = iter(encode(model, [text for group in texts for text in group]))
@@ -63,6 +64,11 @@ def read_questions(model: HookedModel, questions: Sequence[Question], *, opening
         options = tuple(ids[shared:] for ids in full)
         if not all(options):
             raise ValueError(f"an option adds no token to its prompt: {question.prompt!r}, {question.options}.")
+        if not shared:
+            raise ValueError(
+                f"nothing stands before the options {question.options} of {question.prompt!r} in the tokens of "
+                f"{model.cfg.model_name}, so that nothing predicts their first tokens. Lengthen the prompt."
+            )
         lengths = tuple(max(1, len(option.strip())) for option in question.options)
         read.append(ReadQuestion(prompt[:shared], options, question.answer, question.correct or (question.answer,), lengths))
     return read
