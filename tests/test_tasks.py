@@ -383,6 +383,9 @@ def test_one_seed_gives_one_text_whatever_else_is_asked_and_another_seed_another
     still = SteeredAt(model, LAYER).subject(pushed(model), 0.0)
     assert write(still, PROMPTS, 6, sampling=Sampling(seed=4)) == drawn, "arms are paired: only the model differs"
     assert write(Subject(model), PROMPTS, 6, sampling=Sampling(1e-4)) == write(Subject(model), PROMPTS, 6)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature above 0"):
+            Sampling(temperature)
 
 
 def test_proxy_tuned_logits_are_base_plus_expert_less_novice(

@@ -55,6 +55,12 @@ class Sampling:
     temperature: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"expected a temperature above 0; got {self.temperature}. (Greedy continuations have no Sampling.)"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
