@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import (
     D_MODEL,
+    N_CTX,
     TEXTS,
     VOCAB,
     hf_steered_logits,
@@ -341,6 +342,16 @@ def test_a_continuation_ends_at_the_end_of_sequence(sampling: Sampling | None, h
         stopped = Subject(it.model).generate(prompts, 6, sampling=sampling)
     assert stopped == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
     assert len(stopped[0]) < 3 and tokenizer.eos_token_id == it.tokenizer.eos_token_id
+
+
+def test_a_continuation_that_the_context_cannot_hold_is_refused(held: dict[str, Held]) -> None:
+    for name in ("llama", "gpt2"):
+        model = held[name].model
+        room = N_CTX - len(held[name].ids("the dog"))
+        for sampling in (None, Sampling()):
+            assert write(Subject(model), ["the dog"], room, sampling=sampling)
+            with pytest.raises(ValueError, match=f"{room + 1} new tokens.*do not fit the context"):
+                write(Subject(model), ["the dog"], room + 1, sampling=sampling)
 
 
 def chi_square(tokens: Sequence[int], chances: Tensor) -> tuple[float, int]:

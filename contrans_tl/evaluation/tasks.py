@@ -216,10 +216,16 @@ def write(
     sampling: Sampling | None = None,
     batch_size: int = 64,
 ) -> list[str]:
-    """The text that a subject writes behind each prompt."""
+    """The text that a subject writes behind each prompt. ValueError for more than the model's context holds."""
     ids = [encoding.ids for encoding in encode(subject.model, [subject.opening + prompt for prompt in prompts])]
+    model, longest = subject.model, max(map(len, ids), default=0)
+    if longest + max_new_tokens > model.cfg.n_ctx:
+        raise ValueError(
+            f"{max_new_tokens} new tokens behind a prompt of {longest} do not fit the context of {model.cfg.model_name} "
+            f"({model.cfg.n_ctx}). Shorten the prompts, or write fewer."
+        )
     written = subject.generate(ids, max_new_tokens, sampling=sampling, batch_size=batch_size)
-    return [subject.model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
 
 
 def score(scorer: Scorer, texts: list[str]) -> Float[np.ndarray, " text"]:
