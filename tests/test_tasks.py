@@ -399,6 +399,13 @@ def test_one_seed_gives_one_text_whatever_else_is_asked_and_another_seed_another
             Sampling(temperature)
 
 
+def test_sampled_texts_leave_no_residuals_behind(held: dict[str, Held]) -> None:
+    """What is kept of the lower blocks serves the next vector on the same tokens; text that grows has no such use for it."""
+    at = SteeredAt(held["llama"].model, LAYER)
+    write(at.subject(pushed(at.model), 1.0), PROMPTS, 6, sampling=Sampling())
+    assert not at._below
+
+
 def test_proxy_tuned_logits_are_base_plus_expert_less_novice(
     held: dict[str, Held], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
