@@ -33,6 +33,7 @@ from contrans_tl.evaluation import (
     Search,
     SteeredAt,
     Subject,
+    WordList,
     choose,
     classifier,
     evaluate,
@@ -430,6 +431,20 @@ def test_proxy_tuned_logits_are_base_plus_expert_less_novice(
         ids = [*ids, token]
     same = ProxyTuned(it.model, expert=expert.model, novice=expert.model)
     assert torch.allclose(same.forward(tokens, mask)[mask.bool()], plain(it.model)(tokens, mask)[mask.bool()], atol=TOLERANCE)
+
+
+def test_a_word_list_counts_whole_words_in_any_case() -> None:
+    assert WordList(("dog", "lazy fox"))(["A Dog, a dog's DOG", "dogs hotdog", "the lazy fox", "", "lazy  fox"]) == [
+        3,
+        0,
+        1,
+        0,
+        0,
+    ]
+    assert WordList(("f***", "c++", "naïve"))(["oh f*** it", "f***ing c++ and C++.", "NAÏVE naïveté"]) == [1, 2, 1]
+    for words in ((), ("dog", "")):
+        with pytest.raises(ValueError, match="expected words"):
+            WordList(words)
 
 
 def test_a_transformers_classifier_scores_by_the_probability_of_a_label(tmp_path: Path, held: dict[str, Held]) -> None:

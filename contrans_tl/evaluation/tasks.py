@@ -247,8 +247,14 @@ class WordList:
 
     words: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.words or not all(word.strip() for word in self.words):
+            raise ValueError(f"expected words to count, none of them empty; got {self.words}.")
+
     def __call__(self, texts: list[str]) -> list[float]:
-        pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, self.words))})\b", re.IGNORECASE)
+        # Not \b, which a word that ends in a sign never ends at. Longest first, so that no word hides one that it begins.
+        words = sorted(map(re.escape, self.words), key=len, reverse=True)
+        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
         return [float(len(pattern.findall(text))) for text in texts]
 
 
