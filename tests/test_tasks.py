@@ -33,6 +33,7 @@ from contrans_tl.evaluation import (
     Search,
     SteeredAt,
     Subject,
+    Task,
     WordList,
     choose,
     classifier,
@@ -625,3 +626,26 @@ def test_a_scorer_that_fails_is_told_beside_its_arm_and_costs_no_other(
         assert report.arms[name] == healthy.arms[name] and report.items[name] == healthy.items[name]
         assert name == "transplanted" or report.differences[name] == healthy.differences[name]
     assert report.transfer_rate is None and report.steerability["transplanted"] == healthy.steerability["transplanted"]
+
+
+def test_marks_of_a_task_of_ones_own_have_to_be_finite_and_one_for_each_prompt(carrying: tuple[Any, ...]) -> None:
+    class Counting(Task):
+        name, metric = "counting", "count"
+
+        def __init__(self, spoil: Any):
+            self.spoil, self.asked = spoil, 0
+
+        def prompts(self, split: str) -> Any:
+            return {"select": OPENINGS, "test": ENDINGS}.get(split, ())
+
+        def measure(self, subject: Subject, split: Any) -> Marks:
+            self.asked += split == "test"
+            values = np.array(letters(write(subject, self.prompts(split), 4)))
+            return Marks({"count": self.spoil(values) if self.asked == 3 and split == "test" else values})
+
+    for spoil, said in ((lambda x: x * np.nan, "NaN or infinite"), (lambda x: x[1:], "for 24 prompts")):
+        task = Counting(spoil)
+        report = evaluate(*carrying, task=task, **QUICK)
+        [(arm, why)] = report.failures.items()
+        assert said in why and arm == "zero" and f"Failed: zero ({why})" in report.verdict
+        assert set(report.arms) == {"base", "transplanted", *QUICK["arms"]} - {arm}

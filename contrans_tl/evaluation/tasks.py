@@ -41,7 +41,8 @@ Scorer = Callable[[list[str]], Sequence[float]]
 
 
 class ScoringFailed(ValueError):
-    """A scorer raised, or returned something other than one finite number for each continuation."""
+    """A scorer raised, or returned something other than one finite number for each continuation. What a task's `measure`
+    raises of this kind is told in the report beside the arm, and costs that arm only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,12 @@ class Marks:
     """How far each prompt leans the concept's way, in nats or the scorer's units, where that is finer than the metric."""
     texts: tuple[str, ...] = ()
     """What was written, where something was."""
+
+    def __post_init__(self) -> None:
+        """ScoringFailed for a metric that is no finite number."""
+        for name, values in self.metrics.items():
+            if not np.isfinite(values).all():
+                raise ScoringFailed(f"{name}: {(~np.isfinite(values)).sum()} of {len(values)} are NaN or infinite.")
 
 
 class Task(ABC):
@@ -145,6 +152,15 @@ class MultipleChoice(_Asked):
     """One of several answers, of any length, has to be the likeliest: `mc1`, `mc1_normalised`, `mc2` (`questions`)."""
 
     metric: Metric = "mc1"
+
+
+def measured(task: Task, subject: Subject, split: Split) -> Marks:
+    """What a task measures of a subject. ScoringFailed unless that is one number for each prompt."""
+    marks, n = task.measure(subject, split), len(task.prompts(split))
+    for name, values in marks.metrics.items():
+        if len(values) != n:
+            raise ScoringFailed(f"{name}: {len(values)} numbers for {n} prompts.")
+    return marks
 
 
 def task_of(pairs: ContrastPairs) -> Task:
