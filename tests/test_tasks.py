@@ -18,6 +18,7 @@ from conftest import (
     random_model,
     save_tokenizer,
     save_word_tokenizer,
+    unchecked,
 )
 from torch import Tensor
 
@@ -432,6 +433,10 @@ def test_proxy_tuned_logits_are_base_plus_expert_less_novice(
         ids = [*ids, token]
     same = ProxyTuned(it.model, expert=expert.model, novice=expert.model)
     assert torch.allclose(same.forward(tokens, mask)[mask.bool()], plain(it.model)(tokens, mask)[mask.bool()], atol=TOLERANCE)
+    other = held["words"].model
+    for role, models in (("expert", (other, novice.model)), ("novice", (expert.model, other))):
+        with pytest.raises(ValueError, match=f"expected for {role} a model that reads the same tokens"):
+            ProxyTuned(it.model, expert=models[0], novice=models[1])
 
 
 def test_a_word_list_counts_whole_words_in_any_case() -> None:
@@ -649,3 +654,16 @@ def test_marks_of_a_task_of_ones_own_have_to_be_finite_and_one_for_each_prompt(c
         [(arm, why)] = report.failures.items()
         assert said in why and arm == "zero" and f"Failed: zero ({why})" in report.verdict
         assert set(report.arms) == {"base", "transplanted", *QUICK["arms"]} - {arm}
+
+
+def test_the_task_in_the_modules_docstring_runs_through_evaluate(carrying: tuple[Any, ...]) -> None:
+    assert tasks.__doc__ is not None
+    example = tasks.__doc__[tasks.__doc__.index("    class Shouting") :]
+    names: dict[str, Any] = {"Task": Task, "Marks": Marks, "write": write, "np": np, "SELECT": OPENINGS, "TEST": ENDINGS}
+    exec("\n".join(line[4:] for line in example.splitlines()), names)
+    report = evaluate(*carrying, task=names["Shouting"](), **QUICK)
+    assert report.metric == "capitals" and set(report.arms) == {"base", "transplanted", *QUICK["arms"]}
+    assert report.arms["zero"]["capitals"] == report.arms["base"]["capitals"] and not report.failures
+    assert report.arms["base"]["capitals"].n == len(ENDINGS) and "own_capitals" not in report.arms["base"]
+    with unchecked(), pytest.raises(TypeError, match="measure"):
+        type("Half", (Task,), {"prompts": lambda self, split: ()})()

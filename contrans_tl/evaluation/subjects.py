@@ -3,7 +3,7 @@
     Subject(target)                                          base
     SteeredAt(target, layer).subject(concept, strength)      what `transplant` does at all positions
     Subject(target, opening="Pretend you are honest.")       the paper's Inst-Align
-    ProxyTuned(target, expert, novice)                       the paper's EFT baseline
+    ProxyTuned(target, expert=..., novice=...)               the paper's EFT baseline
 
 A task asks a subject in two ways only: `forward`, tokens and mask to logits, and `generate`.
 """
@@ -207,7 +207,7 @@ class ProxyTuned(Subject):
         for role, other in (("expert", self.expert), ("novice", self.novice)):
             if not same_tokens(other, self.model):
                 raise ValueError(
-                    f"expected an {role} that reads the same tokens as {self.model.cfg.model_name}; {other.cfg.model_name} has "
+                    f"expected for {role} a model that reads the same tokens as {self.model.cfg.model_name}; {other.cfg.model_name} has "
                     "another vocabulary, so that logits cannot be added."
                 )
 

@@ -10,11 +10,11 @@ One of your own has prompts and a way to measure:
         name, metric = "shouting", "capitals"
 
         def prompts(self, split):
-            return SELECT if split == "select" else TEST
+            return {"select": SELECT, "test": TEST}.get(split, ())
 
         def measure(self, subject, split):
             texts = write(subject, self.prompts(split), max_new_tokens=20)
-            return Marks({"capitals": np.array([sum(map(str.isupper, text)) / len(text) for text in texts])})
+            return Marks({"capitals": np.array([float(text.isupper()) for text in texts])})
 """
 
 import json
