@@ -522,6 +522,9 @@ def test_a_strength_by_kl_spends_its_budget(budget: float, held: dict[str, Held]
         costs = side_effects(at.model, TEXTS, [at.by(pushed(at.model), strength)])
         # Found to within 1% in strength, of which KL is about the square.
         assert budget * 0.98 <= float(costs.per_token(costs.kl)[0]) <= budget * 1.001
+    nothing = replace(pushed(at.model), vectors=torch.zeros(1, D_MODEL))
+    with pytest.raises(ValueError, match=r"less than .* nats of KL at any strength \(0 at the last one tried\)"):
+        strength_for_kl(at, nothing, TEXTS, budget)
 
 
 WORDS = ("dog", "fox", "river", "letter", "quick", "lazy", "brown", "over")

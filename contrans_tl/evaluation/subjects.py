@@ -207,8 +207,8 @@ class ProxyTuned(Subject):
         for role, other in (("expert", self.expert), ("novice", self.novice)):
             if not same_tokens(other, self.model):
                 raise ValueError(
-                    f"expected for {role} a model that reads the same tokens as {self.model.cfg.model_name}; {other.cfg.model_name} has "
-                    "another vocabulary, so that logits cannot be added."
+                    f"expected for {role} a model that reads the same tokens as {self.model.cfg.model_name}; "
+                    f"{other.cfg.model_name} has another vocabulary, so that logits cannot be added."
                 )
 
     @property
