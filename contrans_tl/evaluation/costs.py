@@ -56,7 +56,7 @@ def strength_for_kl(
     """The strength at which a vector costs so many nats of next-token KL on these texts, to about 1%.
 
     Doubling until it costs more, then bisection on the logarithm. ValueError for a vector that does not get there within a
-    factor of 2^20, as one of zeros does not.
+    factor of 2^20: one of zeros, or in a model whose head is bounded by its last norm and says little.
     """
     if kl <= 0:
         raise ValueError(f"expected a KL budget above 0; got {kl}.")
@@ -69,7 +69,10 @@ def strength_for_kl(
     while cost(high) < kl:
         high, doublings = 2 * high, doublings + 1
         if doublings > 20:
-            raise ValueError(f"{concept.name!r} costs less than {kl} nats of KL at any strength; is it a vector of zeros?")
+            raise ValueError(
+                f"{concept.name!r} costs less than {kl} nats of KL at any strength ({cost(high):.2g} at the last one tried): "
+                "ask for less. (A vector of zeros costs none.)"
+            )
     low = high / 2
     while doublings == 0 and cost(low) > kl and low > 2**-20:
         high, low = low, low / 2
