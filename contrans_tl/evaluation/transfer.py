@@ -31,7 +31,6 @@ from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import UNWEIGHTED, LayerMaps, Weighting
 
-
 SHOWN = 5
 """Prompts and continuations that a report holds word for word."""
 

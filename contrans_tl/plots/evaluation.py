@@ -48,8 +48,8 @@ def arms_figure(reports: Mapping[str, TransferReport]) -> "Figure":
 
 
 def differences_figure(reports: Mapping[str, TransferReport]) -> "Figure":
-    """The transplanted arm less every other, prompt by prompt, with 95% intervals: an arm whose interval reaches 0, drawn hollow,
-    is not told apart from it."""
+    """The transplanted arm less every other, prompt by prompt, with 95% intervals. Drawn hollow: the interval holds 0, the two
+    are not told apart."""
     figure, axes, arms = _rows_of_arms(reports, leave_out=("transplanted",))
     for axis, report in zip(axes, reports.values(), strict=True):
         axis.axvline(0.0, color="#111111", linewidth=0.8)
