@@ -33,7 +33,7 @@ _WAYS = {"higher": "↑", "lower": "↓"}
 
 _CSS = """
 :root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1.2rem; color: #111; }
+body { font: 15px/1.55 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1.2rem; color: #111; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { margin-top: 2.6rem; border-bottom: 2px solid #111; }
 h3 { margin: 2.2rem 0 .3rem; font-size: 1.15rem; } h4 { margin: 1.2rem 0 .2rem; }
 p, li { max-width: 52rem; } dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; max-width: 60rem; }
@@ -43,7 +43,8 @@ table { border-collapse: collapse; margin: .6rem 0; font-size: 13px; font-varian
 caption { text-align: left; color: #444; padding-bottom: .2rem; }
 th, td { padding: .2rem .55rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; vertical-align: middle; }
 th { border-bottom: 1px solid #111; font-weight: 600; vertical-align: bottom; }
-.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.text { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 4.5rem; max-width: 34rem; }
+td .low { display: block; font-size: 11px; line-height: 1.2; }
 tr.moved td { background: #eaf3fa; font-weight: 600; } tr.null td { background: #f5f2ed; }
 small, .low { color: #555; font-weight: 400; font-size: 12px; } figure { margin: .8rem 0; } img { max-width: 100%; }
 figcaption { font-size: 13px; color: #444; max-width: 60rem; }
@@ -104,8 +105,8 @@ def _verdicts(reports: Sequence[tuple[str, TransferReport]]) -> list[str]:
     if not reports:
         return ["<h2>Verdict</h2><p>Nothing was measured.</p>"]
     arrived = sum(report.transferred for _, report in reports)
-    heads = ("concept", "target", "verdict", "measured by", "base", "transplanted", "native", "transfer rate")
-    heads += ("nearest null: gain over it", "cost, KL", "layers", "strength")
+    heads = ["concept", "target", "verdict", "metric", "base", "transplanted", "native", "transfer rate"]
+    heads += ["gain over nearest null", "cost (KL)", "layers × strength"]
     rows = []
     for target, report in reports:
         nearest = min(
@@ -115,13 +116,16 @@ def _verdicts(reports: Sequence[tuple[str, TransferReport]]) -> list[str]:
             _left(report.concept),
             _left(target),
             _left(_badge(report), safe=True),
-            _left(f"{_words(report.metric)} {_WAYS[report.wanted]}"),
+            _td(f"{escape(_words(report.metric))} {_WAYS[report.wanted]}"),
             *(_td(_cell(_of(report, arm, report.metric))) for arm in ("base", "transplanted", "native")),
             _td(_cell(report.transfer_rate)),
-            _td("" if nearest is None else f"{escape(_words(nearest))} {_cell(report.differences[nearest], signed=True)}"),
+            _td(
+                ""
+                if nearest is None
+                else f"{_cell(report.differences[nearest], signed=True)}<small>{escape(_words(nearest))}</small>"
+            ),
             _td(_cell(_of(report, "transplanted", "kl"))),
-            _td(f"{report.layer_source} → {report.layer_target}"),
-            _td(f"{report.strength:.3g}"),
+            _td(f"{report.layer_source} → {report.layer_target} × {report.strength:.3g}"),
         ]
         rows.append(f"<tr>{''.join(cells)}")
     said = [f"<li>{escape(report.verdict)}" for _, report in reports]
@@ -129,7 +133,12 @@ def _verdicts(reports: Sequence[tuple[str, TransferReport]]) -> list[str]:
         "<h2>Verdict</h2>",
         f"<p><strong>{arrived} of {_count(len(reports), 'transfer')} stood out from the base and every null control.</strong>",
         f"<ul>{''.join(said)}</ul>",
-        _table(heads, rows, "Test split, 95% intervals in small print. Arrows: which way the concept should move the number."),
+        _table(
+            heads,
+            rows,
+            left=3,
+            caption="Test split, 95% intervals in small print. Arrows: which way the concept should move the number.",
+        ),
     ]
 
 
@@ -313,6 +322,7 @@ def _multiplicity(report: TransferReport) -> str:
         for key, said in (("native", "norms of the native vector"), ("resid", "mean norms of the residual stream there"))
         if key in report.dose
     )
+    unseen = " As the choice saw none of the test prompts, the intervals need no correction for it."
     exceeded = " <strong>No setting was within the budget; the least costly was taken.</strong>"
     return (
         f"<p>{_count(search['layer_pairs'], 'pair')} of layers were tried at the middle strength, and the best at strengths "
@@ -321,7 +331,7 @@ def _multiplicity(report: TransferReport) -> str:
         f"below {search['max_depth']:g} of the depth.{'' if search['within_budget'] else exceeded} That is layer "
         f"{report.layer_source} to {report.layer_target}, strength {report.strength:.3g}"
         f"{f', a dose of {dose}' if dose else ''}. Between these layers the map explains {report.r2:.2f} of the variance of "
-        "held-out activations (R²). As the choice saw none of the test prompts, the intervals need no correction for it."
+        f"held-out activations (R²).{'' if report.in_sample else unseen}"
     )
 
 
@@ -486,7 +496,7 @@ def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
     if estimate is None:
         return '<span class="low">–</span>'
     form = "+.2f" if signed else ".2f"
-    return f'{estimate.value:{form}} <span class="low">{estimate.low:{form}} to {estimate.high:{form}}</span>'
+    return f'{estimate.value:{form}}<span class="low">{estimate.low:{form}} to {estimate.high:{form}}</span>'
 
 
 def _kind(arm: str) -> str:
