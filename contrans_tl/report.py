@@ -44,7 +44,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a report.json; this is not valid JSON ({error}).") from error
-    if not isinstance(content, dict) or "targets" not in content or content.get("kind", KIND) != KIND:
+    if not isinstance(content, dict) or not isinstance(content.get("targets"), dict) or content.get("kind", KIND) != KIND:
         raise ValueError(f"{path}: expected a report.json of contrans run, evaluate or demo; this is something else.")
     if content.get("format") != FORMAT:
         said = f"has format {content['format']}" if "format" in content else "is of a version that wrote no format number"
