@@ -31,6 +31,9 @@ from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import UNWEIGHTED, LayerMaps, Weighting
 
+SHOWN = 5
+"""Prompts and continuations that a report holds word for word."""
+
 
 class Interrupted(KeyboardInterrupt):
     """An evaluation was stopped; what had been measured by then is in `report`, which says that it is partial."""
@@ -81,6 +84,10 @@ class TransferReport:
     """Arm -> the metric of every test prompt, mean over vectors: what paired comparisons between reports need."""
     items_hash: str
     """Of the test prompts, in order."""
+    groups: tuple[str, ...] = ()
+    """Of the test prompts, in order: those of one group are resampled together."""
+    prompts: tuple[str, ...] = ()
+    """The first few test prompts, so that a reader sees what was asked; `texts` continue them."""
     texts: dict[str, list[str]] = field(default_factory=dict)
     """Arm -> the first few continuations, where the task has such."""
     leaks: tuple[Leak, ...] = ()
@@ -257,6 +264,8 @@ def evaluate(
             },
             items={name: values.mean(0).round(6).tolist() for name, values in test.headline().items()},
             items_hash=hash_texts(list(task.prompts("test"))),
+            groups=tuple(test.groups()),
+            prompts=tuple(task.prompts("test")[:SHOWN]),
             texts=test.texts(),
             leaks=leaks,
             failures=dict(test.failures),
@@ -372,8 +381,8 @@ class _Test:
         curves = np.stack([curve[x] for x in strengths])
         return {name: steerability(strengths, curves, groups=self.groups(), seed=seed)}
 
-    def texts(self, most: int = 5) -> dict[str, list[str]]:
-        return {name: list(marks[0].texts[:most]) for name, marks in self.marks.items() if marks[0].texts}
+    def texts(self) -> dict[str, list[str]]:
+        return {name: list(marks[0].texts[:SHOWN]) for name, marks in self.marks.items() if marks[0].texts}
 
 
 def _check_arms(arms: Sequence[str] | None, rivals: Rivals, weighted: bool) -> set[str]:
