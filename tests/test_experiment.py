@@ -11,6 +11,7 @@ import torch
 
 from contrans_tl import AffineMap, ConceptVector, ContrastPairs, LayerMaps, load_model, progress, read_sentences, transplant
 from contrans_tl.__main__ import main
+from contrans_tl.data import normalised
 from contrans_tl.demo import demo_data, run_demo
 from contrans_tl.experiment import check_inputs, save_experiment
 from contrans_tl.report import render
@@ -88,10 +89,10 @@ def test_a_corpus_that_contains_a_prompt_is_refused():
 def test_the_corpora_of_the_demo_contain_no_prompt_and_no_emotion_label():
     generic, neutral = read_sentences(DATA / "generic.txt"), read_sentences(DATA / "neutral.txt")
     concepts = [ContrastPairs.load(path) for path in sorted((DATA / "concepts").glob("*.json"))]
-    assert len(concepts) == 7
+    assert len(concepts) == 8
     check_inputs(concepts, {"generic.txt": generic, "neutral.txt": neutral})
     assert not any("emotion of the above" in line.lower() or "Pretend you are" in line for line in generic + neutral)
-    emotions = [pairs.name for pairs in concepts if pairs.name != "honesty"]
+    emotions = [pairs.name for pairs in concepts if pairs.name not in ("honesty", "kindness")]
     assert not any(emotion in line.lower() for emotion in emotions for line in neutral)
 
 
@@ -99,9 +100,32 @@ def test_the_data_regenerate_byte_for_byte(tmp_path):
     data = Path(__file__).parents[1] / "data"
     subprocess.run([sys.executable, data / "world.py", "--out", tmp_path], check=True)
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(written) == 9
+    assert len(written) == 11
     for path in written:
         assert (tmp_path / path).read_bytes() == (data / path).read_bytes(), path
+
+
+def test_the_own_questions_of_an_emotion_ask_for_it_and_occur_nowhere_else():
+    own = 0
+    for path in (DATA / "concepts").glob("*.json"):
+        content = json.loads(path.read_text())
+        questions = content.get("own", [])
+        asked = {question["prompt"] for question in content.get("select", []) + content.get("test", [])}
+        for question in questions:
+            assert question["options"][question["answer"]] == f" {content['name']}"
+            assert question["prompt"] not in asked.union(content["positive"], content["negative"])
+        own += len(questions)
+    assert own == 6 * 10
+
+
+def test_the_openings_of_the_hostility_task_are_held_out():
+    task = json.loads((DATA / "tasks/hostility.json").read_text())
+    openings = [normalised(opening) for opening in task["select"] + task["test"]]
+    assert len(set(openings)) == 40 + 100
+    concepts = [ContrastPairs.load(path) for path in (DATA / "concepts").glob("*.json")]
+    refined = [prompt for pairs in concepts for prompt in pairs.positive + pairs.negative]
+    seen = "\n".join(map(normalised, read_sentences(DATA / "generic.txt") + read_sentences(DATA / "neutral.txt") + refined))
+    assert not [opening for opening in openings if opening in seen]
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
