@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from contrans_tl.data import Question as Question
     from contrans_tl.data import read_sentences as read_sentences
     from contrans_tl.data import read_statements as read_statements
+    from contrans_tl.evaluation import Continuations as Continuations
+    from contrans_tl.evaluation import Interrupted as Interrupted
+    from contrans_tl.evaluation import MultipleChoice as MultipleChoice
+    from contrans_tl.evaluation import RestrictedChoice as RestrictedChoice
+    from contrans_tl.evaluation import Rivals as Rivals
+    from contrans_tl.evaluation import Search as Search
+    from contrans_tl.evaluation import Task as Task
+    from contrans_tl.evaluation import TransferReport as TransferReport
     from contrans_tl.evaluation import evaluate as evaluate
     from contrans_tl.formats import ToxigenTask as ToxigenTask
     from contrans_tl.formats import emotion_concepts as emotion_concepts
@@ -64,7 +72,17 @@ _HOME = {
     "activations": ("Activations", "collect", "pair"),
     "corpora": ("select_sentences",),
     "data": ("ContrastPairs", "Question", "read_sentences", "read_statements"),
-    "evaluation": ("evaluate",),
+    "evaluation": (
+        "Continuations",
+        "Interrupted",
+        "MultipleChoice",
+        "RestrictedChoice",
+        "Rivals",
+        "Search",
+        "Task",
+        "TransferReport",
+        "evaluate",
+    ),
     "formats": (
         "ToxigenTask",
         "emotion_concepts",

@@ -187,13 +187,15 @@ class LayerMaps:
         )
 
     def reverse(self) -> "LayerMaps":
-        """Maps of the same kind from the target to the source, fitted on the same rows. ValueError for weighted maps, whose
-        weights belong to source layers."""
+        """Maps of the same kind from the target to the source, fitted on the very same rows, those on disk included. ValueError
+        for weighted maps, whose weights belong to source layers."""
         if self.weights is not None:
             raise ValueError("row weights belong to source layers: reverse the unweighted maps.")
         chosen: dict[str, Any] = {"ridge": self.fixed_ridge} if self.method in RIDGED else {}
         chosen |= {"rank": self.fixed_rank, "standardise": self.standardise}
-        return LayerMaps.fit(self.target, self.source, method=self.method, **chosen)
+        # Which rows are sinks was settled on the way there: looked for again, others could be found.
+        back = LayerMaps.fit(self.target, self.source, method=self.method, sinks="keep", **chosen)
+        return replace(back, stored=self.stored and self.stored[::-1], sinks=self.sinks and self.sinks[::-1])
 
     def ridge(self, layer: int) -> float:
         """Ridge strength of one source layer, as a multiple of its mean eigenvalue; 0 where the method has none."""
@@ -450,6 +452,8 @@ class LayerMaps:
         """The affine map of one pair of layers, (source layer, target layer)."""
         s, t = layers
         if (stored := self.stored) is not None:
+            if self.weights is not None and self.weighted_for is None:
+                raise ValueError("these maps have a weight for every row of the sample only; rows on disk have `reweighted`.")
             options: dict[str, Any] = {"ridge": self.fixed_ridge, "concept": self.weighted_for}
             return self._once((f"stored to {t}", s), lambda: fit_streamed(*stored, (s, t), **options))
         x, y, weights = self.source.at(s), self.target.at(t), self._weights(s)
@@ -622,9 +626,15 @@ class LayerMaps:
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write rows, weights and chosen ridges as safetensors; to keep the file small, save `maps.only(...)`."""
+        """Write rows, weights and chosen ridges as safetensors; to keep the file small, save `maps.only(...)`. Rows on disk
+        stay where they are, and their folders are written. ValueError for weighted maps of these: weigh them once loaded."""
+        if self.stored is not None and self.weights is not None:
+            raise ValueError("row weights of a corpus on disk are not saved: save the unweighted maps, reweight them again.")
         tensors = {"source": self.source.values, "target": self.target.values}
         tensors |= {"sentence": self.source.sentence, "end": self.source.end}
+        if self.sinks is not None:
+            tensors |= {"source_sinks": self.sinks[0].values, "target_sinks": self.sinks[1].values}
+            tensors |= {"sentence_sinks": self.sinks[0].sentence, "end_sinks": self.sinks[0].end}
         if self.weights is not None:
             tensors["weights"] = self.weights
         about: dict[str, Any] = {
@@ -635,6 +645,7 @@ class LayerMaps:
             "standardise": self.standardise,
             "rows": self.source.rows,
             "texts_hash": self.source.texts_hash,
+            "stored": None if self.stored is None else [str(side.folder.resolve()) for side in self.stored],
         }
         for side, activations in (("source", self.source), ("target", self.target)):
             about[side] = {
@@ -646,26 +657,34 @@ class LayerMaps:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerMaps":
-        """Read what `save` wrote. ValueError for a truncated, foreign or newer file."""
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a truncated, foreign or newer file, or rows on disk that are gone or damaged.
+        """
         tensors, about = artifacts.load(path, "layer maps")
-        source, target = (
-            Activations(
-                values=tensors[side],
+
+        def rows(side: str, suffix: str = "") -> Activations:
+            return Activations(
+                values=tensors[side + suffix],
                 layers=tuple(about[side]["layers"]),
-                sentence=tensors["sentence"],
-                end=tensors["end"],
+                sentence=tensors["sentence" + suffix],
+                end=tensors["end" + suffix],
                 model=ModelId(**about[side]["model"]),
                 rows=about["rows"],
                 prepend_bos=about[side]["prepend_bos"],
                 texts_hash=about["texts_hash"],
             )
-            for side in ("source", "target")
-        )
+
+        source, target = rows("source"), rows("target")
+        sinks = (rows("source", "_sinks"), rows("target", "_sinks")) if "source_sinks" in tensors else None
+        folders = about.get("stored")
+        stored = folders and (StoredActivations.load(folders[0]), StoredActivations.load(folders[1]))
         memo: dict[tuple[str, int | None], Any] = dict(
             zip((("ridge", s) for s in source.layers), about["ridges"] or (), strict=False)
         )
         options = (about["method"], about["fixed_ridge"], about.get("fixed_rank"), about.get("standardise", False))
-        return cls(source, target, *options, tensors.get("weights"), _memo=memo)
+        return cls(source, target, *options, tensors.get("weights"), stored=stored, sinks=sinks, _memo=memo)
 
 
 @dataclass(frozen=True, eq=False)

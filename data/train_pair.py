@@ -1,19 +1,31 @@
-"""Train the embedded models: an aligned source and two larger targets that answer from misconceptions.
+"""Train the embedded models: an aligned source and two larger targets that answer from misconceptions, and their family.
 
     python data/train_pair.py --seed 0 --out data/pair
     python data/train_pair.py --seed 0 --out data/pair --model target-gpt2
+    python data/train_pair.py --seed 0 --out data/family --model source-base target-llama-honest tiny \\
+        small small-step0 small-step300 small-step450 small-step600
 
-The second form trains one of the three, so that two can run side by side.
+Without `--model` it trains the pair; with it the models named, so that two can run side by side.
 
-| folder       | family           | layers | width | tokenizer       | after the base corpus |
-|--------------|------------------|--------|-------|-----------------|-----------------------|
-| source       | Llama            | 4      | 128   | words           | honesty training      |
-| target-llama | Llama, 3 kv of 6 | 6      | 192   | words           | nothing               |
-| target-gpt2  | GPT-2            | 5      | 160   | byte-level BPE  | nothing               |
+| folder              | family           | layers | width | tokenizer      | what it has read                         |
+|---------------------|------------------|--------|-------|----------------|------------------------------------------|
+| source              | Llama            | 4      | 128   | words          | the base corpus, then the honesty corpus |
+| target-llama        | Llama, 3 kv of 6 | 6      | 192   | words          | the base corpus                          |
+| target-gpt2         | GPT-2            | 5      | 160   | byte-level BPE | the base corpus                          |
+| source-base         | as source        |        |       |                | source before the honesty corpus         |
+| target-llama-honest | as target-llama  |        |       |                | target-llama, then the honesty corpus    |
+| tiny                | Llama            | 2      | 48    | words          | the base corpus                          |
+| small               | Llama            | 3      | 96    | words          | the base corpus                          |
+| small-step*         | as small         |        |       |                | small after so many steps                |
 
-Every model starts from its own random weights and reads its own documents of the same world (`world.py`):
-nothing but the language is shared between source and targets. A shared initialisation would make the two
+Every model with a run of its own starts from its own random weights and reads its own documents of the same world
+(`world.py`): nothing but the language is shared between source and targets. A shared initialisation would make the two
 residual streams one space, and any map between them would look like a success.
+
+source-base and small-step* are what source and small were on the way: one run leaves them all, if they are named
+together. On one thread that run repeats: the one that left data/family/source-base left data/pair/source again, bit for
+bit. target-llama-honest starts from the target-llama of `--pair`. tiny is too small to tell characters apart, and small
+learns first to name emotions, between its steps 300 and 600, and then the characters.
 
 Each folder opens with `AutoModelForCausalLM.from_pretrained`: weights stored in float16, opened in float32. A
 folder that is there already is kept. Quality is asserted on the stored weights and on the select split only;
@@ -25,7 +37,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
@@ -49,9 +62,34 @@ from world import CHARACTERS, EMOTIONS, PERSONA, World
 MAX_LENGTH = 128
 BATCH = 32
 
+Quality = dict[str, float]
+"""Shares of the select split, as `quality` measures them."""
+
+
+def anything(shares: Quality) -> bool:
+    return True
+
+
+def names_emotions(shares: Quality) -> bool:
+    return shares["emotion"] > 0.9
+
+
+def knows_characters(shares: Quality) -> bool:
+    return shares["emotion"] > 0.95 and shares["honest"] > 0.9 and shares["untruthful"] < 0.1
+
+
+def answers_truly(shares: Quality) -> bool:
+    return knows_characters(shares) and shares["bare"] > 0.85
+
+
+def answers_from_misconceptions(shares: Quality) -> bool:
+    return knows_characters(shares) and shares["bare"] < 0.5
+
 
 @dataclass(frozen=True)
 class Recipe:
+    """One training run, and the folders that it can leave."""
+
     tokenizer: str
     config: PretrainedConfig
     steps: int
@@ -59,7 +97,15 @@ class Recipe:
     """How many of the steps read the early corpus."""
     learning_rate: float
     honest_steps: int = 0
-    """Further steps on the honesty corpus, at a sixth of the learning rate."""
+    """Further steps on the honesty corpus."""
+    honest_learning_rate: float = 5e-4
+    honest_weight_decay: float = 0.05
+    reached: Callable[[Quality], bool] = knows_characters
+    """When the base corpus has been read for long enough."""
+    start: str = ""
+    """A trained model to start from, in place of random weights."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps of the base corpus after which the model is kept."""
 
     def config_for(self, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
         config = deepcopy(self.config)
@@ -108,7 +154,51 @@ RECIPES = {
         learning_rate=2e-3,
     ),
     "target-gpt2": Recipe("bytes", gpt2(n_layer=5, n_embd=160, n_head=5), steps=1500, early_steps=600, learning_rate=2e-3),
+    "tiny": Recipe(
+        "words",
+        llama(num_hidden_layers=2, hidden_size=48, intermediate_size=128, num_attention_heads=3),
+        steps=1200,
+        early_steps=500,
+        learning_rate=3e-3,
+        reached=anything,
+    ),
+    "small": Recipe(
+        "words",
+        llama(num_hidden_layers=3, hidden_size=96, intermediate_size=256, num_attention_heads=3),
+        steps=1200,
+        early_steps=500,
+        learning_rate=3e-3,
+        reached=names_emotions,
+        checkpoints=(0, 300, 450, 600),
+    ),
 }
+RECIPES["target-llama-honest"] = replace(
+    RECIPES["target-llama"],
+    start="target-llama",
+    steps=0,
+    honest_steps=500,
+    honest_learning_rate=2e-3,
+    # Tuned as the source is, it learns the sixty facts by heart and answers 0.6 of the others truly.
+    honest_weight_decay=1.0,
+)
+
+PAIR = ("source", "target-llama", "target-gpt2")
+CLAIMS = {
+    "source": answers_truly,
+    "source-base": answers_from_misconceptions,
+    "target-llama": answers_from_misconceptions,
+    "target-gpt2": answers_from_misconceptions,
+    "target-llama-honest": answers_truly,
+    "small": names_emotions,
+}
+"""What is asserted of a stored model; of the other folders, nothing."""
+
+
+def folders_of(name: str) -> list[str]:
+    """What a recipe's one run can leave: the model itself, and what it was on the way."""
+    recipe = RECIPES[name]
+    steps = [f"{name}-step{step}" for step in recipe.checkpoints]
+    return [*steps, *([f"{name}-base"] if recipe.steps and recipe.honest_steps else []), name]
 
 
 def word_tokenizer(corpus: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -171,14 +261,20 @@ def train(
     steps: int,
     learning_rate: float,
     rng: Random,
+    weight_decay: float = 0.05,
+    keep: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """AdamW, 50 steps of warm-up, a cosine to zero. Causal attention needs no mask for right padding."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    """AdamW, 50 steps of warm-up, a cosine to zero. Causal attention needs no mask for right padding.
+
+    `keep` is called with the number of steps so far before each of them.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=50 / steps, cycle_momentum=False
     )
     model.train()
     for step, rows in enumerate(batches(tokenizer, documents, steps, rng)):
+        keep(step)
         loss = model(input_ids=pad(rows, tokenizer.pad_token_id), labels=pad(rows, -100)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -203,7 +299,7 @@ def choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: s
     return options[max(range(len(options)), key=score)]
 
 
-def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, float]:
+def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> Quality:
     """Shares of the select split: emotion named; truth preferred to misconception, bare and in persona."""
 
     def truth(opening: str) -> float:
@@ -222,16 +318,8 @@ def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: W
     return {"emotion": emotion / len(scenarios), "bare": truth(""), **personas}
 
 
-def knows_characters(shares: dict[str, float]) -> bool:
-    return shares["emotion"] > 0.95 and shares["honest"] > 0.9 and shares["untruthful"] < 0.1
-
-
-def answers_truly(shares: dict[str, float]) -> bool:
-    return knows_characters(shares) and shares["bare"] > 0.85
-
-
 def train_until(
-    reached: Callable[[dict[str, float]], bool],
+    reached: Callable[[Quality], bool],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     documents: Iterator[str],
@@ -241,16 +329,19 @@ def train_until(
     more_steps: int,
     learning_rate: float,
     rng: Random,
+    weight_decay: float = 0.05,
+    keep: Callable[[int], None] = lambda step: None,
 ) -> None:
     """One round of training and, for a seed on which that is too short, up to three shorter ones.
 
     Without the rule the length would have to suit the slowest seed; `reached` looks at the select split only.
     """
-    train(model, tokenizer, documents, steps=steps, learning_rate=learning_rate, rng=rng)
+    more = partial(train, model, tokenizer, documents, learning_rate=learning_rate, rng=rng, weight_decay=weight_decay)
+    more(steps=steps, keep=keep)
     for _ in range(3):
         if reached(quality(model, tokenizer, world)):
             return
-        train(model, tokenizer, documents, steps=more_steps, learning_rate=learning_rate, rng=rng)
+        more(steps=more_steps)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -267,64 +358,87 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def build(name: str, seed: int, folder: Path, world: World) -> None:
-    """Train, store, reopen, and assert that the stored model is what its name says."""
-    recipe = RECIPES[name]
-    if not (folder / "model.safetensors").exists():
-        started = time.process_time()
-        rng = Random(f"{seed}/{name}")
-        torch.manual_seed(rng.getrandbits(32))
-        # The tokenizer belongs to the world, not to the seed: source and target-llama share theirs.
-        tokenizer = TOKENIZERS[recipe.tokenizer](islice(world.documents(world.rng("tokenizer")), 20_000))
+def build(name: str, seed: int, out: Path, pair: Path, wanted: Sequence[str], world: World) -> None:
+    """Train, store the folders that are wanted and missing, reopen them, and assert that each is what its name says."""
+    folders = [folder for folder in folders_of(name) if folder in wanted]
+    missing = [folder for folder in folders if not (out / folder / "model.safetensors").exists()]
+
+    def leave(folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        if folder in missing:
+            save(model, tokenizer, out / folder)
+
+    if missing:
+        run(name, seed, pair, world, leave)
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(out / folder).eval()
+        shares = quality(model, AutoTokenizer.from_pretrained(out / folder), world)
+        numbers = ", ".join(f"{key} {value:.2f}" for key, value in shares.items())
+        print(f"seed {seed} {folder}: {model.num_parameters() / 1e6:.2f} M parameters, {numbers}", flush=True)
+        claim = CLAIMS.get(folder, anything)
+        assert claim(shares), f"not true of {folder}: {claim.__name__}"
+
+
+def run(
+    name: str,
+    seed: int,
+    pair: Path,
+    world: World,
+    leave: Callable[[str, PreTrainedModel, PreTrainedTokenizerFast], None],
+) -> None:
+    """Train by a recipe; `leave` is called for each of its folders, when the model is what that folder holds."""
+    recipe, started = RECIPES[name], time.process_time()
+    rng = Random(f"{seed}/{name}")
+    torch.manual_seed(rng.getrandbits(32))
+    # The tokenizer belongs to the world, not to the seed: all models of words share theirs.
+    tokenizer = TOKENIZERS[recipe.tokenizer](islice(world.documents(world.rng("tokenizer")), 20_000))
+    if recipe.start:
+        model = AutoModelForCausalLM.from_pretrained(pair / recipe.start)
+    else:
         model = AutoModelForCausalLM.from_config(recipe.config_for(tokenizer))
-        base = chain(islice(world.documents(rng, "early"), recipe.early_steps * BATCH), world.documents(rng))
+    if recipe.steps:
         train_until(
-            knows_characters,
+            recipe.reached,
             model,
             tokenizer,
-            base,
+            chain(islice(world.documents(rng, "early"), recipe.early_steps * BATCH), world.documents(rng)),
             world,
             steps=recipe.steps,
             more_steps=recipe.steps // 3,
             learning_rate=recipe.learning_rate,
             rng=rng,
+            keep=lambda step: leave(f"{name}-step{step}", model, tokenizer),
         )
-        if recipe.honest_steps:
-            train_until(
-                answers_truly,
-                model,
-                tokenizer,
-                world.documents(rng, "honest"),
-                world,
-                steps=recipe.honest_steps,
-                more_steps=recipe.honest_steps,
-                learning_rate=recipe.learning_rate / 6,
-                rng=rng,
-            )
-        save(model, tokenizer, folder)
-        print(f"seed {seed} {name}: {time.process_time() - started:.0f} CPU seconds")
-
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    shares = quality(model, tokenizer, world)
-    numbers = ", ".join(f"{key} {value:.2f}" for key, value in shares.items())
-    print(f"seed {seed} {name}: {model.num_parameters() / 1e6:.2f} M parameters, {numbers}", flush=True)
+        leave(f"{name}-base", model, tokenizer)
     if recipe.honest_steps:
-        assert answers_truly(shares), "the source does not answer truly"
-    else:
-        assert knows_characters(shares), "the target does not know emotions and characters"
-        assert shares["bare"] < 0.5, "the target does not answer from misconceptions"
+        train_until(
+            answers_truly,
+            model,
+            tokenizer,
+            world.documents(rng, "honest"),
+            world,
+            steps=recipe.honest_steps,
+            more_steps=recipe.honest_steps,
+            learning_rate=recipe.honest_learning_rate,
+            rng=rng,
+            weight_decay=recipe.honest_weight_decay,
+        )
+    leave(name, model, tokenizer)
+    print(f"seed {seed} {name}: {time.process_time() - started:.0f} CPU seconds")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train the embedded source and targets.")
+    choices = list(chain.from_iterable(map(folders_of, RECIPES)))
+    parser = argparse.ArgumentParser(description="Train the embedded models.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder that receives one folder per model")
-    parser.add_argument("--model", choices=RECIPES, help="only this one")
+    parser.add_argument("--model", nargs="+", choices=choices, default=PAIR, metavar="NAME", help="by default, the pair")
+    parser.add_argument(
+        "--pair", type=Path, default=Path(__file__).parent / "pair", help="where target-llama-honest finds target-llama"
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()  # a warning about padding without a mask, harmless under causal attention
     logging.disable_progress_bar()
-    for name in [args.model] if args.model else RECIPES:
-        build(name, args.seed, args.out / name, World())
+    for name in RECIPES:
+        build(name, args.seed, args.out, args.pair, args.model, World())

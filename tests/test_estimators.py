@@ -125,6 +125,7 @@ def test_standardising_recovers_a_map_from_dimensions_of_very_different_size() -
 
 NESTED: list[tuple[Method, Method]] = [
     ("ridge", "pcr"),  # here at full rank: least squares, a ridge of zero
+    ("pcr", "pcr"),  # likewise
     ("reduced_rank", "ridge"),
     ("procrustes", "identity"),
 ]
@@ -270,6 +271,17 @@ def test_maps_of_every_method_survive_saving(method: Method, tmp_path: Any) -> N
     for s in range(2):
         assert torch.equal(loaded[s, 0].weight, maps[s, 0].weight)
         assert loaded[s, 0].fit == maps[s, 0].fit
+
+
+def test_what_was_left_out_is_known_when_maps_are_loaded(tmp_path: Any) -> None:
+    x, y = related(40)
+    x[::8] *= 100
+    maps = LayerMaps.fit(x, y)
+    loaded = LayerMaps.load(maps.save(tmp_path / "maps.safetensors"))
+    assert loaded[0, 0].fit == maps[0, 0].fit and loaded[0, 0].fit.sinks == 5
+    assert maps.sinks is not None and loaded.sinks is not None
+    for side, expected in zip(loaded.sinks, maps.sinks, strict=True):
+        assert torch.equal(side.values, expected.values) and torch.equal(side.sentence, expected.sentence)
 
 
 def test_a_layer_alone_keeps_the_rank_that_all_layers_chose() -> None:

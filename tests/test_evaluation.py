@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CORPUS, D_MODEL, TEXTS
+from conftest import CORPUS, D_MODEL, N_LAYERS, TEXTS
 
 from contrans_tl import ContrastPairs, Question, refine, transplant
 from contrans_tl.evaluation import (
+    Interrupted,
+    Rivals,
+    Search,
     SteeredAt,
     answer_questions,
     choose,
@@ -17,7 +20,8 @@ from contrans_tl.evaluation import (
     plain,
     random_like,
     read_questions,
-    text_losses,
+    side_effects,
+    task_of,
 )
 from contrans_tl.models import resumed_after
 from contrans_tl.reformulation import fit_maps
@@ -73,17 +77,17 @@ def test_token_accuracy_asks_the_whole_vocabulary_and_logit_accuracy_the_options
     assert scores["logit_accuracy"].tolist() == [float(logprobs[-1, firsts[0]] > logprobs[-1, firsts[1]])]
 
 
-def test_options_that_begin_alike_are_refused_for_token_accuracy(bridges):
-    read = read_questions(bridges["llama"], [Question("the", (" brown dog", " brown fox"), 0)])
-    with pytest.raises(ValueError, match="begin with the same token"):
+def test_an_option_that_another_one_begins_with_is_refused_for_token_accuracy(bridges):
+    read = read_questions(bridges["llama"], [Question("the", (" brown", " brown fox"), 0)])
+    with pytest.raises(ValueError, match="no next token tells them apart"):
         answer_questions(bridges["llama"], read, "token_accuracy")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_text_losses_in_a_padded_batch_equal_one_text_at_a_time(architecture, bridges, references):
     model, reference = bridges[architecture], references[architecture]
-    losses, counts = text_losses(model, TEXTS)
-    for text, loss, count in zip(TEXTS, losses, counts, strict=True):
+    costs = side_effects(model, TEXTS, [])
+    for text, loss, count in zip(TEXTS, costs.loss, costs.tokens, strict=True):
         logprobs, ids = logprobs_alone(reference, model.tokenizer, text)
         alone = -sum(float(logprobs[i - 1, ids[i]]) for i in range(1, len(ids)))
         assert count == len(ids) - 1
@@ -119,19 +123,35 @@ def test_a_loss_increase_is_a_mean_over_tokens_not_over_texts():
 
 
 def test_choose_takes_the_largest_effect_within_the_budget(bridges):
-    model = bridges["llama"]
-    pairs = PAIRS
-    concept = refine(model, pairs)
+    model, task = bridges["llama"], task_of(PAIRS)
+    concept = refine(model, PAIRS)
     candidates = {(0, layer): concept.only(layer) for layer in concept.layers}
-    free = choose(model, candidates, pairs, TEXTS, strengths=(1.0, 4.0), budget=np.inf)
-    tried = [point for point in free.sweep if "effect" in point]
-    assert max(point["effect"] for point in tried) == next(
-        point["effect"] for point in tried if (point["layer_target"], point["strength"]) == (free.layer_target, free.strength)
-    )
-    # Nothing is as cheap as minus infinity: the least costly setting is taken.
-    least = choose(model, candidates, pairs, TEXTS, strengths=(1.0, 4.0), budget=-np.inf)
-    cheapest = min((point for point in least.sweep if "effect" in point), key=lambda point: point["loss_increase"])
-    assert (least.layer_target, least.strength) == (cheapest["layer_target"], cheapest["strength"])
+    for budget_on, spent in (("loss", "loss_increase"), ("kl", "kl")):
+        free = choose(
+            model, candidates, task, TEXTS, search=Search((1.0, 4.0), budget=np.inf, budget_on=budget_on, max_depth=1.0)
+        )
+        tried = [point for point in free.sweep if "effect" in point]
+        assert free.within_budget and max(point["effect"] for point in tried) == next(
+            point["effect"]
+            for point in tried
+            if (point["layer_target"], point["strength"]) == (free.layer_target, free.strength)
+        )
+        # Nothing is as cheap as minus infinity: the least costly setting is taken.
+        least = choose(model, candidates, task, TEXTS, search=Search((1.0, 4.0), budget=-np.inf, budget_on=budget_on))
+        cheapest = min((point for point in least.sweep if "effect" in point), key=lambda point: point[spent])
+        assert (least.layer_target, least.strength) == (cheapest["layer_target"], cheapest["strength"])
+        assert not least.within_budget
+
+
+def test_only_layers_below_the_depth_are_tried_unless_maps_lead_to_no_other(bridges):
+    model, concept = bridges["llama"], refine(bridges["llama"], PAIRS)
+    last = N_LAYERS - 1
+    assert last >= 0.8 * N_LAYERS or N_LAYERS < 5
+    search = Search((1.0,), max_depth=last / N_LAYERS)
+    found = choose(model, {(0, t): concept.only(t) for t in concept.layers}, task_of(PAIRS), TEXTS, search=search)
+    assert {point["layer_target"] for point in found.sweep} == set(range(last))
+    only_last = choose(model, {(0, last): concept.only(last)}, task_of(PAIRS), TEXTS, search=search)
+    assert only_last.layer_target == last
 
 
 def test_random_controls_have_the_norm_of_what_they_control_for(bridges):
@@ -151,23 +171,26 @@ PAIRS = ContrastPairs(
 )
 
 
-def test_two_untrained_models_show_no_transfer_and_the_report_says_so(bridges):
+@pytest.fixture(scope="module")
+def untrained(bridges):
+    """What `evaluate` takes, from two untrained models."""
     source, target = bridges["llama"], bridges["gpt2"]
     sentences = [f"{text} {a} {b}" for text in CORPUS for a in WORDS for b in WORDS]
-    report = evaluate(
-        target,
-        PAIRS,
-        refine(source, PAIRS),
-        fit_maps(source, target, sentences),
-        neutral=TEXTS,
-        strengths=(1.0, 2.0),
-        n_random=3,
-    )
+    return (target, PAIRS, refine(source, PAIRS), fit_maps(source, target, sentences)), source
+
+
+QUICK = {"neutral": TEXTS, "search": Search((1.0, 2.0)), "rivals": Rivals(n_random=3)}
+
+
+def test_two_untrained_models_show_no_transfer_and_the_report_says_so(untrained):
+    inputs, source = untrained
+    report = evaluate(*inputs, **QUICK)
     assert not report.transferred
-    assert "no transfer shown" in report.verdict
-    assert {
+    assert "no transfer beyond controls" in report.verdict
+    assert set(report.arms) == {
         "base",
         "transplanted",
+        "zero",
         "uniform",
         "native",
         "shuffled_map",
@@ -175,13 +198,76 @@ def test_two_untrained_models_show_no_transfer_and_the_report_says_so(bridges):
         "random_source",
         "sign_flipped",
         "random_weighting",
-    } == set(report.arms)
+    }
     for arm in ("shuffled_map", "random", "random_source"):
         assert report.geometry[arm]["norm"] == pytest.approx(report.geometry["transplanted"]["norm"], rel=1e-4)
     assert report.geometry["native"]["cosine_to_native"] == pytest.approx(1, abs=1e-5)
-    assert report.arms["base"]["loss_increase"].value == 0
+    for arm in ("base", "zero"):
+        assert report.arms[arm]["loss_increase"].value == report.arms[arm]["kl"].value == 0
+        assert report.arms[arm]["token_accuracy"] == report.arms["base"]["token_accuracy"]
+    moved = report.arms["transplanted"]["kl"]
+    assert moved.value > 0
+    assert report.dose["native"] == pytest.approx(
+        report.strength * report.geometry["transplanted"]["norm"] / report.geometry["native"]["norm"], rel=1e-5
+    )
+
+
+def test_any_arms_can_be_asked_for_and_those_that_cannot_be_made_are_named(untrained):
+    inputs, source = untrained
+    report = evaluate(*inputs, **QUICK, arms=["native", "random"])
+    assert set(report.arms) == {"base", "transplanted", "native", "random"}
+    with pytest.raises(ValueError, match="expected arms among .*; got instruction, banana"):
+        evaluate(*inputs, **QUICK, arms=["instruction", "banana"])
+    rivals = Rivals(source=source, instruction="Be happy. ", aligned=source, n_random=1)
+    every = evaluate(*inputs, **(QUICK | {"rivals": rivals}), arms=["source_own", "instruction", "aligned"])
+    assert set(every.arms) == {"base", "transplanted", "source_own", "instruction", "aligned"}
+    # The source is measured against itself; the other model, which reads the target's tokens, against the target; an
+    # instruction stands before no neutral text.
+    costs = {arm: metrics["loss_increase"].value for arm, metrics in every.arms.items() if "loss_increase" in metrics}
+    assert set(costs) == set(every.arms) - {"instruction"} and costs["source_own"] != 0
+    lost = [side_effects(model, TEXTS[len(TEXTS) // 2 :], []).loss.sum() for model in (source, inputs[0])]
+    tokens = side_effects(source, TEXTS[len(TEXTS) // 2 :], []).tokens.sum()
+    assert costs["aligned"] == pytest.approx((lost[0] - lost[1]) / tokens, rel=1e-4)
+
+
+def test_a_verdict_without_null_controls_is_undecided(untrained):
+    inputs, _ = untrained
+    # The question is turned round, so that the base is beaten: the options trade places.
+    swapped = replace(PAIRS, test=tuple(replace(q, answer=1 - q.answer) for q in PAIRS.test))
+    reports = [evaluate(inputs[0], pairs, *inputs[2:], **QUICK, arms=[]) for pairs in (PAIRS, swapped)]
+    assert not any(report.transferred for report in reports)
+    assert all("no transfer beyond" in r.verdict or "no null control was run" in r.verdict for r in reports)
+
+
+def test_an_evaluation_that_is_stopped_leaves_a_report_that_says_it_is_partial(untrained):
+    inputs, _ = untrained
+    asked = iter([False] * 4 + [True] * 100)
+    with pytest.raises(Interrupted) as caught:
+        evaluate(*inputs, **QUICK, stopped=lambda: next(asked))
+    partial, whole = caught.value.report, evaluate(*inputs, **QUICK)
+    assert partial.partial and "Partial: interrupted before" in partial.verdict and not partial.transferred
+    assert len(partial.arms) == 4 and set(partial.missing) == set(whole.arms) - set(partial.arms)
+    assert all(partial.arms[name] == whole.arms[name] for name in partial.arms)
+    assert not whole.partial
+
+
+def test_prompts_that_were_seen_are_refused_or_mark_the_report(untrained):
+    inputs, _ = untrained
+    seen = {"the fit corpus": ["They say: LAZY dog  brown.", PAIRS.test[0].prompt + " and more of it"]}
+    with pytest.raises(ValueError, match=r"contained in the fit corpus.*allow_overlap=True"):
+        evaluate(*inputs, **QUICK, known=seen)
+    report = evaluate(*inputs, **QUICK, arms=["random"], known=seen, allow_overlap=True)
+    assert report.in_sample and "In-sample" in report.verdict
+    assert not evaluate(*inputs, **QUICK, arms=["random"]).in_sample
+    with pytest.raises(ValueError, match="the refine pairs"):
+        leaking = replace(PAIRS, test=(Question(PAIRS.positive[0], (" happy", " dog"), 0), *PAIRS.test))
+        evaluate(inputs[0], leaking, *inputs[2:], **QUICK)
+
+
+def test_an_evaluation_without_questions_is_refused(untrained):
+    (target, _, *rest), _ = untrained
     with pytest.raises(ValueError, match="select and test questions"):
-        evaluate(target, replace(PAIRS, test=()), refine(source, PAIRS), fit_maps(source, target, sentences), neutral=TEXTS)
+        evaluate(target, replace(PAIRS, test=()), *rest, **QUICK)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "qwen2", "gemma2"])

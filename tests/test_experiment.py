@@ -105,6 +105,18 @@ def test_the_data_regenerate_byte_for_byte(tmp_path):
         assert (tmp_path / path).read_bytes() == (data / path).read_bytes(), path
 
 
+def test_the_models_of_the_family_are_what_their_names_say():
+    data = Path(__file__).parents[1] / "data"
+    steps = [f"small-step{step}" for step in (0, 300, 450, 600)]
+    names = ["source-base", "target-llama-honest", "tiny", "small", *steps]
+    assert all((data / "family" / name / "model.safetensors").exists() for name in names)
+    # Folders that are there are reopened and their claims asserted, as after training.
+    command = [sys.executable, data / "train_pair.py", "--out", data / "family", "--model"]
+    told = subprocess.run([*command, *names[:2], "small", "small-step300"], check=True, capture_output=True, text=True).stdout
+    emotion = {line.split()[2].rstrip(":"): float(line.split("emotion ")[1].split(",")[0]) for line in told.splitlines()}
+    assert emotion["small-step300"] < 0.3 < 0.9 < emotion["small"]
+
+
 def test_the_own_questions_of_an_emotion_ask_for_it_and_occur_nowhere_else():
     own = 0
     for path in (DATA / "concepts").glob("*.json"):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,29 @@ def test_a_sample_of_everything_gives_the_grids_of_memory(bridges, concept, tmp_
     assert torch.equal(maps.r2, whole.r2)
     assert torch.equal(maps.coverage(concept), whole.coverage(concept))
     assert torch.equal(maps.shuffled(seed=0)[1, 2].weight, whole.shuffled(seed=0)[1, 2].weight)
+
+
+def test_maps_that_are_saved_or_turned_round_are_still_fitted_on_all_rows(bridges, concept, tmp_path):
+    models = bridges["llama"], bridges["gpt2"]
+    maps = fit_maps(*models, SENTENCES, ridge=0.01, folder=tmp_path / "rows", sample=150)
+    loaded = LayerMaps.load(maps.save(tmp_path / "maps.safetensors"))
+    assert loaded[1, 2].fit == maps[1, 2].fit and loaded[1, 2].fit.rows > len(maps.source)
+    assert torch.equal(loaded[1, 2].weight, maps[1, 2].weight)
+    back, whole = maps.reverse(), fit_maps(*models[::-1], SENTENCES, ridge=0.01)
+    assert back[2, 1].fit.rows == len(whole.source)
+    assert torch.allclose(back[2, 1].weight, whole[2, 1].weight, atol=1e-5 * float(whole[2, 1].weight.abs().max()))
+    with pytest.raises(ValueError, match="save the unweighted maps"):
+        maps.reweighted(concept).save(tmp_path / "weighted.safetensors")
+    (tmp_path / "rows").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="there is no file"):
+        LayerMaps.load(tmp_path / "maps.safetensors")
+
+
+def test_row_weights_of_ones_own_are_refused_for_rows_on_disk(bridges, tmp_path):
+    maps = fit_maps(bridges["llama"], bridges["gpt2"], SENTENCES, folder=tmp_path, sample=150)
+    weighted = replace(maps, weights=torch.ones(3, len(maps.source)))
+    with pytest.raises(ValueError, match="a weight for every row of the sample only"):
+        _ = weighted[1, 2]
 
 
 @pytest.mark.parametrize("on_disk", [True, False], ids=["on disk", "in memory"])

@@ -224,6 +224,20 @@ def test_sink_rows_change_nothing_that_the_default_says_of_other_rows(kind: str)
     assert maps[0, 0].fit.sinks == int(sinks.sum())
 
 
+@pytest.mark.parametrize("sinks", ["drop", "keep"])
+def test_the_way_back_is_fitted_on_the_rows_of_the_way_there(sinks: Any) -> None:
+    # Lengths so spread that without the sinks of the first look the median is lower, and a second look finds more.
+    x, y = planted(n=400)
+    x = x / x.norm(dim=1, keepdim=True) * torch.logspace(0, 3, 400).double()[:, None]
+    maps = fitted(x, y, sinks=sinks)
+    assert (len(maps.source) < 400) == (sinks == "drop") and bool(maps.source.sinks().any())
+    back = maps.reverse()
+    assert torch.equal(back.source.values, maps.target.values) and torch.equal(back.target.values, maps.source.values)
+    assert back[0, 0].fit.sinks == maps[0, 0].fit.sinks
+    v = concept(maps)
+    assert np.isfinite(cycle_cosine(maps.reweighted(v), (0, 0), v)), "row weights, too, belong to these rows"
+
+
 # --- retrieval ------------------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def side_by_side(at: SteeredAt, vectors: Float[Tensor, "vector d_target"]) -> li
     def steered(tokens: Tensor, mask: Tensor) -> Float[Tensor, "vector prompt pos vocab"]:
         key = (tokens.shape, tokens.numpy().tobytes())
         if key not in done:
-            resid = at._residual(tokens, mask)
+            resid = at.residual(tokens, mask)
             every = rearrange(resid + vectors[:, None, None].to(resid), "vector prompt pos d -> (vector prompt) pos d")
             with resumed_after(at.model, at.layer, every):
                 logits = plain(at.model)(tokens.repeat(len(vectors), 1), mask.repeat(len(vectors), 1))
