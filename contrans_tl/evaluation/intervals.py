@@ -12,6 +12,7 @@ that rests on few questions excludes 0 only if the exact sign test does.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -136,15 +137,21 @@ def _by_group(
     return sums, np.bincount(member, weights=np.ones(n) if counts is None else counts, minlength=len(names)).astype(float)
 
 
-def _draws(n: int, rng: np.random.Generator) -> Float[np.ndarray, "resample n"]:
-    return rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
+@lru_cache(maxsize=8)
+def _draws(n: int, vectors: int, seed: int) -> tuple[Float[np.ndarray, "resample n"], Float[np.ndarray, "resample vectors"]]:
+    """How often each of n groups, and each of some vectors, is drawn. Every arm of an evaluation asks for the same."""
+    rng = np.random.default_rng(seed)
+    picked = [rng.multinomial(k, np.full(k, 1 / k), size=RESAMPLES).astype(float) for k in (n, vectors)]
+    for counts in picked:
+        counts.flags.writeable = False
+    return picked[0], picked[1]
 
 
 def _resampled_each(
     sums: Float[np.ndarray, "vector group"], sizes: Float[np.ndarray, " group"], seed: int
 ) -> Float[np.ndarray, "vector resample"]:
     """Means of every vector over the same resampled groups."""
-    picked = _draws(len(sizes), np.random.default_rng(seed))
+    picked, _ = _draws(len(sizes), 1, seed)
     return sums @ picked.T / (picked @ sizes)
 
 
@@ -152,10 +159,8 @@ def _resampled(
     sums: Float[np.ndarray, "vector group"], sizes: Float[np.ndarray, " group"], seed: int
 ) -> Float[np.ndarray, " resample"]:
     """Means over resampled vectors and groups."""
-    rng = np.random.default_rng(seed)
-    picked = _draws(len(sizes), rng)
-    vectors = _draws(len(sums), rng) / len(sums)
-    return ((vectors @ sums) * picked).sum(1) / (picked @ sizes)
+    picked, vectors = _draws(len(sizes), len(sums), seed)
+    return (((vectors / len(sums)) @ sums) * picked).sum(1) / (picked @ sizes)
 
 
 def _percentiles(means: Float[np.ndarray, " resample"]) -> tuple[float, float]:
