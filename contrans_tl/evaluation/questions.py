@@ -16,6 +16,7 @@ TruthfulQA's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from jaxtyping import Float
 
 from contrans_tl.data import Metric, Question
 from contrans_tl.evaluation.subjects import Forward, device_of, plain
-from contrans_tl.models import HookedModel
+from contrans_tl.models import HookedModel, head_only_at
 from contrans_tl.tokens import by_length, encode, pad
 
 
@@ -133,24 +134,33 @@ def _score_options(
 ) -> list[tuple[list[float], list[bool]]]:
     """Of every option of every question, the sum of its tokens' log-probabilities, and whether each of them is the likeliest of
     the vocabulary."""
-    options = [(q.prompt, option) for q in questions for option in q.options]
-    # The last token of an option is predicted, never read: options that differ only there share one sequence.
-    wanted: dict[tuple[int, ...], list[int]] = {}
-    for number, (prompt, option) in enumerate(options):
-        wanted.setdefault(prompt + option[:-1], []).append(number)
-    sequences, sums, greedy = list(wanted), [0.0] * len(options), [False] * len(options)
+    options = [(question.prompt, option) for question in questions for option in question.options]
+    # The last token of an option is predicted, never read, and what stands behind a token does not change it: options that
+    # differ only there, or that others begin with, share one sequence.
+    read = [prompt + option[:-1] for prompt, option in options]
+    sequences: list[tuple[int, ...]] = []
+    members: list[list[int]] = []
+    for number in sorted(range(len(read)), key=lambda number: read[number], reverse=True):
+        if not (sequences and sequences[-1][: len(read[number])] == read[number]):
+            sequences.append(read[number])
+            members.append([])
+        members[-1].append(number)
+    sums, greedy = [0.0] * len(options), [False] * len(options)
     for batch in by_length([len(ids) for ids in sequences], batch_size):
         tokens, mask = pad([sequences[i] for i in batch], device_of(model))
-        logits = forward(tokens, mask)
-        for row, i in enumerate(batch):
-            starts = [len(options[number][0]) - 1 for number in wanted[sequences[i]]]
-            read = logits[row, min(starts) : len(sequences[i])].log_softmax(-1).cpu()
-            likeliest = read.argmax(-1)
-            for number, start in zip(wanted[sequences[i]], starts, strict=True):
-                ids = torch.tensor(options[number][1])
-                places = torch.arange(len(ids)) + start - min(starts)
-                sums[number] = float(read[places, ids].double().sum())
-                greedy[number] = bool((likeliest[places] == ids).all())
+        asked = [(row, number) for row, i in enumerate(batch) for number in members[i]]
+        rows = [row for row, number in asked for _ in options[number][1]]
+        places = [len(options[number][0]) - 1 + k for _, number in asked for k in range(len(options[number][1]))]
+        where = torch.zeros(tokens.shape, dtype=torch.bool)
+        where[rows, places] = True
+        with head_only_at(model, where):
+            logprobs = forward(tokens, mask)[rows, places].log_softmax(-1).cpu()
+        ids = torch.tensor([token for _, number in asked for token in options[number][1]])
+        likeliest = iter((logprobs.argmax(-1) == ids).tolist())
+        each = iter(logprobs.gather(-1, ids[:, None])[:, 0].tolist())
+        for _, number in asked:
+            n = len(options[number][1])
+            sums[number], greedy[number] = sum(islice(each, n)), all(list(islice(likeliest, n)))
     scores = iter(zip(sums, greedy, strict=True))
     by_question = [[next(scores) for _ in question.options] for question in questions]
     return [([total for total, _ in group], [best for _, best in group]) for group in by_question]
