@@ -5,8 +5,8 @@
     transfer_rate(moved, base, native)       (moved - base) / (native - base), likewise
 
 Bootstrap percentiles. Questions of one group (two phrasings of one fact) are drawn together. Two places where the bootstrap is
-too sure of itself are mended: a rate of few questions, or of exactly 0 or 1, has the Clopper-Pearson interval; and a difference
-that rests on few questions excludes 0 only if the exact sign test does.
+too sure of itself are mended: a rate has the Clopper-Pearson interval (of 100 questions, the bootstrap's holds a rate of 3% in
+85% of cases only); and a difference that rests on few questions excludes 0 only if the exact sign test does.
 """
 
 import math
@@ -18,8 +18,6 @@ import numpy as np
 from jaxtyping import Float
 
 RESAMPLES = 2000
-FEW = 100
-"""Independent questions below which a rate has the Clopper-Pearson interval."""
 FEW_DISCORDANT = 30
 """Groups that differ between two arms, below which the sign test has to agree: with five, all for one side, it does not
 (1/32 > 2.5%)."""
@@ -52,9 +50,7 @@ def estimate(
     value = float(sums.mean(0).sum() / sizes.sum())
     shares = sums.mean(0) / sizes
     if counts is None and bool(np.isin(shares, (0.0, 1.0)).all()):
-        hits, n = round(float(shares.sum())), len(shares)
-        if n < FEW or hits in (0, n):
-            return Estimate(value, *clopper_pearson(hits, n), values.shape[1])
+        return Estimate(value, *clopper_pearson(round(float(shares.sum())), len(shares)), values.shape[1])
     return Estimate(value, *_percentiles(_resampled(sums, sizes, seed)), values.shape[1])
 
 
@@ -111,8 +107,11 @@ def clopper_pearson(hits: int, n: int) -> tuple[float, float]:
 
 
 def _binomial_tail(at_most: int, n: int, p: float) -> float:
-    """P(X <= at_most) of a binomial."""
-    return math.fsum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(at_most + 1))
+    """P(X <= at_most) of a binomial. In logarithms: of a thousand questions, the coefficients exceed any float."""
+    k = np.arange(n + 1)
+    factorial = np.cumsum(np.log(np.maximum(k, 1)))
+    chances = np.exp(factorial[n] - factorial - factorial[::-1] + k * math.log(p) + (n - k) * math.log1p(-p))
+    return float(chances[: at_most + 1].sum())
 
 
 def _solve(rising: Callable[[float], float]) -> float:
