@@ -40,13 +40,15 @@ def side_effects(model: HookedModel, texts: Sequence[str], forwards: Sequence[Fo
         tokens, mask = pad([sequences[i] for i in batch], device_of(model))
         following, real = tokens[:, 1:, None], mask[:, 1:]
         clean = plain(model)(tokens, mask)[:, :-1].log_softmax(-1)
+        likely = clean.exp()
         own = -clean.gather(-1, following)[..., 0]
         loss[batch] = (own * real).sum(1).double().cpu().numpy()
         for k, forward in enumerate(forwards):
             logprobs = forward(tokens, mask)[:, :-1].log_softmax(-1)
-            whole = clean[..., : logprobs.shape[-1]]  # a head may be padded beyond the vocabulary, others' heads less so
+            shared = logprobs.shape[-1]  # a head may be padded beyond the vocabulary, others' heads less so
+            whole = clean[..., :shared]
             increase[k, batch] = ((-logprobs.gather(-1, following)[..., 0] - own) * real).sum(1).double().cpu().numpy()
-            kl[k, batch] = ((whole.exp() * (whole - logprobs)).sum(-1) * real).sum(1).double().cpu().numpy()
+            kl[k, batch] = ((likely[..., :shared] * (whole - logprobs)).sum(-1) * real).sum(1).double().cpu().numpy()
     return SideEffects(loss, increase, kl, np.array([len(ids) - 1.0 for ids in sequences]))
 
 

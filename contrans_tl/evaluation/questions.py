@@ -16,6 +16,7 @@ TruthfulQA's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from jaxtyping import Float
 
 from contrans_tl.data import Metric, Question
 from contrans_tl.evaluation.subjects import Forward, device_of, plain
-from contrans_tl.models import HookedModel
+from contrans_tl.models import HookedModel, head_only_at
 from contrans_tl.progress import track
 from contrans_tl.tokens import by_length, encode, pad
 
@@ -156,21 +157,33 @@ def continuation_logprobs(
     """Of every (prompt, continuation), in tokens: the sum of the continuation's log-probabilities, and whether each of its
     tokens is the likeliest of the vocabulary."""
     forward = forward or plain(model)
-    # The last token of a continuation is predicted, never read: those that differ only there share one sequence.
-    wanted: dict[tuple[int, ...], list[int]] = {}
-    for number, (prompt, continuation) in enumerate(continuations):
-        wanted.setdefault(prompt + continuation[:-1], []).append(number)
-    sequences, scores = list(wanted), [(0.0, False)] * len(continuations)
+    # The last token of a continuation is predicted, never read, and what stands behind a token does not change it: those that
+    # differ only there, or that others begin with, share one sequence.
+    read = [prompt + continuation[:-1] for prompt, continuation in continuations]
+    sequences: list[tuple[int, ...]] = []
+    members: list[list[int]] = []
+    for number in sorted(range(len(read)), key=lambda number: read[number], reverse=True):
+        if not (sequences and sequences[-1][: len(read[number])] == read[number]):
+            sequences.append(read[number])
+            members.append([])
+        members[-1].append(number)
+    scores = [(0.0, False)] * len(continuations)
     batches = by_length([len(ids) for ids in sequences], batch_size)
     for batch in track(batches, "log-probabilities", len(batches)):
         tokens, mask = pad([sequences[i] for i in batch], device_of(model))
-        logits = forward(tokens, mask)
-        for row, i in enumerate(batch):
-            starts = [len(continuations[number][0]) - 1 for number in wanted[sequences[i]]]
-            read = logits[row, min(starts) : len(sequences[i])].log_softmax(-1).cpu()
-            likeliest = read.argmax(-1)
-            for number, start in zip(wanted[sequences[i]], starts, strict=True):
-                ids = torch.tensor(continuations[number][1])
-                places = torch.arange(len(ids)) + start - min(starts)
-                scores[number] = float(read[places, ids].double().sum()), bool((likeliest[places] == ids).all())
+        asked = [(row, number) for row, i in enumerate(batch) for number in members[i]]
+        lengths = [len(continuations[number][1]) for _, number in asked]
+        rows = [row for (row, _), length in zip(asked, lengths, strict=True) for _ in range(length)]
+        places = [
+            len(continuations[number][0]) - 1 + k for (_, number), n in zip(asked, lengths, strict=True) for k in range(n)
+        ]
+        where = torch.zeros(tokens.shape, dtype=torch.bool)
+        where[rows, places] = True
+        with head_only_at(model, where):
+            logprobs = forward(tokens, mask)[rows, places].log_softmax(-1).cpu()
+        ids = torch.tensor([token for _, number in asked for token in continuations[number][1]])
+        likeliest = iter((logprobs.argmax(-1) == ids).tolist())
+        each = iter(logprobs.gather(-1, ids[:, None])[:, 0].tolist())
+        for (_, number), length in zip(asked, lengths, strict=True):
+            scores[number] = sum(islice(each, length)), all(list(islice(likeliest, length)))
     return scores
