@@ -201,15 +201,17 @@ def embedded(recipe: str) -> Job:
     def smaller(pairs: ContrastPairs, select: int, test: int) -> ContrastPairs:
         return replace(pairs, select=pairs.select[:select], test=pairs.test[:test], own=())
 
-    setup = Setup(read_sentences(data / "generic.txt"), neutral, arms=("native", "shuffled_map", "random"))
-    setup = replace(setup, search=Search(keep=1))
+    generic = read_sentences(data / "generic.txt")
+    setup = Setup(generic[:400], neutral, arms=("native", "shuffled_map", "random"), search=Search(keep=1))
+    # Honesty acts in low layers, so all are looked at, and needs all of the corpus. What is carried into shallow models goes to
+    # the middle: three quarters of three blocks is the last one, where a vector adds to a word's logit without any concept.
+    everywhere, amid = replace(setup, sentences=generic, depth=None), replace(setup, depth=0.5)
     anger, [honesty], [kindness] = concepts("anger"), concepts("honesty"), concepts("kindness")
     honesty, hostility = smaller(honesty, 32, 60), Continuations.load(data / "tasks/hostility.json", max_new_tokens=8)
     hostility = replace(hostility, select=_of_a_length(hostility.select, 12), test=_of_a_length(hostility.test, 30))
     asked = [question.prompt for question in (*honesty.select, *honesty.test)]
     transductive = on_the_questions(honesty, asked, *WORLD_PERSONAS)
     job = Job(models("source"), models("target-llama"), anger, setup)
-    everywhere = replace(setup, depth=None)
     aligned = {"aligned": models("target-llama-honest")[0], "proxy": models("source", "source-base")}
     changes: dict[str, dict[str, Any]] = {
         "emotions": {"concepts": concepts("anger", "fear")},
@@ -235,8 +237,15 @@ def embedded(recipe: str) -> Job:
             "tasks": {"kindness": hostility},
             "setup": everywhere,
         },
-        "checkpoints": {"targets": models("small-step0", "small-step300", "small-step450", "small-step600", "small")},
-        "sizes": {"sources": models("tiny", "small", "source"), "targets": models("tiny", "small", "target-llama")},
+        "checkpoints": {
+            "targets": models("small-step0", "small-step300", "small-step450", "small-step600", "small"),
+            "setup": amid,
+        },
+        "sizes": {
+            "sources": models("tiny", "small", "source"),
+            "targets": models("tiny", "small", "target-llama"),
+            "setup": amid,
+        },
         "token_shifts": {"concepts": (*anger, honesty)},
     }
     return replace(job, **changes.get(recipe, {}))
