@@ -271,6 +271,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "one concept too few": (["two_concepts", *pair, "--pairs", str(DATA / "concepts/anger.json")], "expected 2 concepts"),
         "questions to continue": (["toxicity", *pair, "--pairs", str(DATA / "concepts/anger.json")], "expected continuations"),
         "another metric": (["truthfulness", *pair, "--pairs", str(DATA / "concepts/anger.json")], "with the metric mc1"),
+        "no such concept": (["emotions", "--concept", "anger", "--concept", "envy"], "got envy"),
         "no such dtype": (["emotions", *pair, "--dtype", "int3"], "expected dtype"),
         "missing aligned model": (["truthfulness", *pair, "--aligned", "./nowhere"], "there is no folder"),
     }
@@ -279,7 +280,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 CASES = [
     "no such recipe", "one model", "no source", "missing model", "missing revision", "missing pairs", "no questions",
     "missing scenarios", "missing corpus", "facts alone", "questions alone", "missing statements", "one concept too few",
-    "questions to continue", "another metric", "no such dtype", "missing aligned model",
+    "questions to continue", "another metric", "no such concept", "no such dtype", "missing aligned model",
 ]  # fmt: skip
 
 

@@ -114,6 +114,7 @@ def job_of(
     recipe: str,
     models: Sequence[str] = (),
     *,
+    only: Sequence[str] = (),
     sentences: Path | None = None,
     neutral: Path | None = None,
     aligned: str | None = None,
@@ -131,6 +132,7 @@ def job_of(
     asked for here. Concepts and corpora remain the embedded world's where no files are given.
 
     Args:
+        only: concepts to keep of those that the files hold, or all.
         files: of `read_materials`.
 
     Raises:
@@ -164,6 +166,10 @@ def job_of(
             transductive=materials.transductive,
             instruction=instruction,
         )
+    if missing := sorted(set(only) - {pairs.name for pairs in job.concepts}):
+        raise ValueError(f"expected concepts among {', '.join(p.name for p in job.concepts)}; got {', '.join(missing)}.")
+    if only:
+        job = replace(job, concepts=tuple(pairs for pairs in job.concepts if pairs.name in only))
     job = replace(job, setup=setup, aligned=aligned or job.aligned, proxy=proxy or job.proxy)
     job.check(recipe)
     return job
