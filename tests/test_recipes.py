@@ -258,6 +258,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "no such recipe": (["transmogrify"], "expected a recipe among emotions"),
         "one model": (["emotions", pair[0]], "expected models SOURCE TARGET..."),
+        "one name twice": (["checkpoints", pair[0], pair[1], pair[1]], "models of different names"),
         "no source": (["alignment", *pair], "BASE ALIGNED TARGET"),
         "missing model": (["emotions", pair[0], "./nowhere"], "there is no folder"),
         "missing revision": (["checkpoints", pair[0], "./nowhere@main"], "there is no folder"),
@@ -278,9 +279,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 
 
 CASES = [
-    "no such recipe", "one model", "no source", "missing model", "missing revision", "missing pairs", "no questions",
-    "missing scenarios", "missing corpus", "facts alone", "questions alone", "missing statements", "one concept too few",
-    "questions to continue", "another metric", "no such concept", "no such dtype", "missing aligned model",
+    "no such recipe", "one model", "no source", "one name twice", "missing model", "missing revision", "missing pairs",
+    "no questions", "missing scenarios", "missing corpus", "facts alone", "questions alone", "missing statements",
+    "one concept too few", "questions to continue", "another metric", "no such concept", "no such dtype",
+    "missing aligned model",
 ]  # fmt: skip
 
 

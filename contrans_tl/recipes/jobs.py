@@ -1,7 +1,9 @@
-"""Jobs: a recipe by name, on the embedded models or a user's own, read and checked before any model is loaded.
+"""Jobs: a recipe by name, with all that it runs on.
 
-RECIPES["emotions"](embedded("emotions"))                      what `contrans recipe emotions` does
-replace(embedded("sizes"), sources=names, targets=names)       the same concepts in models of one's own
+    RECIPES["emotions"](embedded("emotions"))                          what `contrans recipe emotions` does
+    RECIPES["sizes"](job_of("sizes", ["gpt2", "gpt2-medium"]))         the same concepts in models of one's own
+
+A job is read and checked before any model is loaded.
 """
 
 from collections import Counter
@@ -79,6 +81,8 @@ class Job:
         if metric and set(metrics.values()) != {metric}:
             raise ValueError(f"{recipe}: expected questions with the metric {metric}; got {metrics}.")
         others = [name for name in (self.aligned, *(self.proxy or ())) if name is not None]
+        for side in (self.sources, self.targets):
+            named(side)
         for name in (*self.sources, *self.targets, *others):
             check_model_name(split_revision(name)[0])
         corpora = {"the fit corpus": self.setup.sentences, "the neutral text": self.setup.neutral}
