@@ -1,6 +1,8 @@
 """The command line: `contrans demo`, `contrans run`, and the steps one by one."""
 
+import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +21,25 @@ Sentences = Annotated[Path, typer.Option("--sentences", help="Fit corpus: plain 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the accelerator if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Layer = Annotated[int | None, typer.Option(help="Layer to use, counted from 0.")]
+Budget = Annotated[float | None, typer.Option(help="Neutral-text loss a transplant may cost, nats per token; default: 0.5.")]
+KlBudget = Annotated[float | None, typer.Option(help="Next-token KL on neutral text it may cost instead, nats per token.")]
+Strengths = Annotated[str | None, typer.Option(help="Strengths to try, as in 1,2,4; default: a few for each unit.")]
+Unit = Annotated[str, typer.Option(help="Of strengths: raw, native (norms), resid (mean residual norms) or kl (nats).")]
+MaxDepth = Annotated[float, typer.Option(help="Target layers are looked at below this share of the depth.")]
+Arms = Annotated[str | None, typer.Option(help="Arms to run, as in native,random; default: all that can be made.")]
+Instruction = Annotated[str, typer.Option(help="Words before every prompt: the arm `instruction`. End with a space.")]
+AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="Run on prompts that were seen; marked in-sample.")]
+RandomVectors = Annotated[int, typer.Option(min=1, help="Vectors in the random arm.")]
+INTERRUPTED = 130
+"""Exit code, as of a program that ^C ends."""
 
 
 @app.command()
-def demo(out: Out = Path("contrans-demo"), models: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
+def demo(
+    context: typer.Context,
+    out: Out = Path("contrans-demo"),
+    models: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
     """Six emotions and honesty from a small aligned model into two larger ones, with all controls. Offline, about a minute."""
     import os
 
@@ -30,13 +47,13 @@ def demo(out: Out = Path("contrans-demo"), models: Annotated[Path | None, typer.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _quiet()
     from contrans_tl.demo import run_demo
-    from contrans_tl.experiment import save_experiment
 
-    _finish(run_demo(models), out, save_experiment)
+    _finish(lambda: run_demo(models), out, context)
 
 
 @app.command()
 def run(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Hub id or folder of the aligned source.")],
     target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")],
     pairs: Annotated[list[Path], typer.Option("--pairs", help="Contrast pairs with select and test questions; repeatable.")],
@@ -47,8 +64,15 @@ def run(
     out: Out = Path("contrans-run"),
     device: Device = None,
     dtype: Dtype = "float32",
-    budget: Annotated[float, typer.Option(help="Neutral-text loss a transplant may cost, nats per token.")] = 0.5,
-    random_vectors: Annotated[int, typer.Option(min=1, help="Vectors in the random arm.")] = 20,
+    strengths: Strengths = None,
+    unit: Unit = "raw",
+    budget: Budget = None,
+    kl_budget: KlBudget = None,
+    max_depth: MaxDepth = 0.8,
+    arms: Arms = None,
+    instruction: Instruction = "",
+    random_vectors: RandomVectors = 20,
+    allow_overlap: AllowOverlap = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
 ) -> None:
@@ -58,11 +82,7 @@ def run(
     from contrans_tl.models import check_model_name
 
     concepts = [ContrastPairs.load(path) for path in pairs]
-    if missing := [concept.name for concept in concepts if not (concept.select and concept.test)]:
-        raise ValueError(
-            f"{', '.join(missing)}: `contrans run` needs select and test questions to choose and to report on; without them "
-            "use `contrans refine`, `fit`, `reformulate` and `generate`."
-        )
+    _check_questions(concepts)
     corpus = read_sentences(sentences)
     if neutral is None:
         held_out = max(2, len(corpus) // 10)
@@ -72,23 +92,121 @@ def run(
     for name in (source, target):
         check_model_name(name)
 
-    from contrans_tl.evaluation import Rivals, Search
-    from contrans_tl.experiment import check_inputs, run_experiment, save_experiment
+    from contrans_tl.evaluation import Rivals
+    from contrans_tl.experiment import check_inputs, run_experiment
 
-    check_inputs(concepts, {"the fit corpus": corpus, "the neutral text": texts})
+    search = _search(strengths, unit, budget, kl_budget, max_depth)
+    made = {"source_own", "paper", *(["instruction"] if instruction else []), *(["other_concept"] if len(concepts) > 1 else [])}
+    names = _arms(arms, made)
+    check_inputs(concepts, {"the fit corpus": corpus, "the neutral text": texts}, allow_overlap=allow_overlap)
     models = {name: _load(name, device, dtype) for name in dict.fromkeys((source, target))}
-    experiment = run_experiment(
-        models[source],
-        {Path(target).name: models[target]},
-        concepts,
-        corpus,
-        texts,
-        rivals=Rivals(n_random=random_vectors),
-        search=Search(budget=budget),
-        batch_size=batch_size,
-        seed=seed,
+    # The source's own arm runs the source once more, so it is there for those who ask.
+    asked = models[source] if names is not None and "source_own" in names else None
+    _finish(
+        lambda: run_experiment(
+            models[source],
+            {Path(target).name: models[target]},
+            concepts,
+            corpus,
+            texts,
+            arms=names,
+            rivals=Rivals(source=asked, instruction=instruction, n_random=random_vectors),
+            search=search,
+            allow_overlap=allow_overlap,
+            batch_size=batch_size,
+            seed=seed,
+        ),
+        out,
+        context,
     )
-    _finish(experiment, out, save_experiment)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")],
+    concept: Annotated[Path, typer.Argument(help="What `refine` wrote, from the source.")],
+    maps: Annotated[Path, typer.Argument(help="What `fit` wrote.")],
+    pairs: Annotated[Path, typer.Option("--pairs", help="The concept's contrast pairs, with select and test questions.")],
+    neutral: Annotated[Path, typer.Option(help="Text that no map was fitted on, to measure losses on.")],
+    sentences: Annotated[
+        Path | None, typer.Option("--sentences", help="The fit corpus, to make sure that no prompt occurs in it.")
+    ] = None,
+    out: Out = Path("contrans-evaluation"),
+    device: Device = None,
+    dtype: Dtype = "float32",
+    strengths: Strengths = None,
+    unit: Unit = "raw",
+    budget: Budget = None,
+    kl_budget: KlBudget = None,
+    max_depth: MaxDepth = 0.8,
+    arms: Arms = None,
+    instruction: Instruction = "",
+    random_vectors: RandomVectors = 20,
+    allow_overlap: AllowOverlap = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: int = 0,
+) -> None:
+    """Evaluate a saved concept through saved maps beside its controls; leave a report. The source is not needed."""
+    _quiet()
+    from contrans_tl.data import ContrastPairs, read_sentences
+    from contrans_tl.models import check_model_name
+
+    contrast, texts = ContrastPairs.load(pairs), read_sentences(neutral)
+    known = {} if sentences is None else {"the fit corpus": read_sentences(sentences)}
+    _check_questions([contrast])
+    check_model_name(target)
+
+    from contrans_tl import ConceptVector, LayerMaps
+    from contrans_tl.evaluation import Rivals
+    from contrans_tl.experiment import check_inputs, evaluate_saved
+
+    search = _search(strengths, unit, budget, kl_budget, max_depth)
+    names = _arms(arms, {"instruction"} if instruction else set())
+    check_inputs([contrast], known | {"the neutral text": texts}, allow_overlap=allow_overlap)
+    vector, fitted = ConceptVector.load(concept), LayerMaps.load(maps)
+    if not vector.model.same_space(fitted.source.model):
+        raise ValueError(f"{concept} was refined in {vector.model}, but {maps} lead out of {fitted.source.model}.")
+    model = _load(target, device, dtype)
+    _finish(
+        lambda: evaluate_saved(
+            model,
+            contrast,
+            vector,
+            fitted,
+            texts,
+            known=known,
+            rivals=Rivals(instruction=instruction, n_random=random_vectors),
+            arms=names,
+            search=search,
+            allow_overlap=allow_overlap,
+            batch_size=batch_size,
+            seed=seed,
+        ),
+        out,
+        context,
+    )
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Folder of a report, or its report.json.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    every: Annotated[bool, typer.Option("--all", help="Show all arms, also controls that do not differ.")] = False,
+) -> None:
+    """Two reports side by side, and which of their differences exceed their intervals."""
+    from contrans_tl.comparison import compare as compare_reports
+    from contrans_tl.report import read_report
+
+    names = (str(a), str(b))
+    compared = compare_reports(read_report(a), read_report(b), names=names)
+    console = _console()
+    for table in compared.tables(every=every):
+        console.print(table)
+    for name, only in zip(names, (compared.only_a, compared.only_b), strict=True):
+        if only:
+            console.print(f"only in {name}: {', '.join(only)}", highlight=False, markup=False)
+    console.print(compared.summary, highlight=False, markup=False)
 
 
 @app.command()
@@ -261,19 +379,76 @@ def generate(
         typer.echo(target.generate(prompt, max_new_tokens=tokens, do_sample=False, verbose=False))
 
 
-def _finish(experiment: Any, out: Path, save_experiment: Any) -> None:
-    from rich.console import Console
+def _finish(work: Callable[[], Any], out: Path, context: typer.Context) -> None:
+    """Do the work and leave its report, with the command line in it; also, saying so, if it is interrupted."""
+    from dataclasses import replace
 
+    from contrans_tl.evaluation import Interrupted
+    from contrans_tl.experiment import save_experiment
     from contrans_tl.report import tables
 
+    interrupted = False
+    try:
+        experiment = work()
+    except Interrupted as stop:
+        experiment, interrupted = stop.report, True
+    experiment = replace(experiment, about={"command": context.obj} | experiment.about)
     save_experiment(experiment, out)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = _console()
     for table in tables(experiment):
         console.print(table)
     for row in experiment.reports.values():
         for report in row.values():
             console.print(f"- {report.verdict}", highlight=False, markup=False)
+    for what, why in experiment.about["failures"].items():
+        console.print(f"- {what}: not measured: {why}", highlight=False, markup=False)
     console.print(f"{out / 'report.html'}  ({experiment.about['seconds']} s)", highlight=False, markup=False)
+    if interrupted:
+        print("contrans: interrupted; the report is partial, and says so.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _check_questions(concepts: Sequence[Any]) -> None:
+    if missing := [concept.name for concept in concepts if not (concept.select and concept.test)]:
+        raise ValueError(
+            f"{', '.join(missing)}: select and test questions are needed to choose and to report on; without them "
+            "use `contrans refine`, `fit`, `reformulate` and `generate`."
+        )
+
+
+def _search(strengths: str | None, unit: str, budget: float | None, kl_budget: float | None, max_depth: float) -> Any:
+    from contrans_tl.evaluation import Search
+
+    if budget is not None and kl_budget is not None:
+        raise ValueError("expected --budget, of loss, or --kl-budget; got both.")
+    try:
+        tried = None if strengths is None else tuple(map(float, strengths.split(",")))
+    except ValueError:
+        raise ValueError(f"expected --strengths as in 1,2,4; got {strengths!r}.") from None
+    spent: dict[str, Any] = {} if budget is None else {"budget": budget}
+    if kl_budget is not None:
+        spent = {"budget": kl_budget, "budget_on": "kl"}
+    return Search(strengths=tried, unit=unit, max_depth=max_depth, **spent)  # type: ignore[arg-type]  # it checks the unit
+
+
+def _arms(arms: str | None, made: set[str]) -> list[str] | None:
+    """Names of arms, checked before a model is loaded: those that need no more than target and maps, and these."""
+    if arms is None:
+        return None
+    from contrans_tl.evaluation import ARMS
+
+    need = {"source_own", "instruction", "aligned", "proxy_tuning", "other_concept", "neutral_corpus", "paper"}
+    can, names = [arm for arm in ARMS if arm not in need or arm in made], [name.strip() for name in arms.split(",")]
+    if unknown := [name for name in names if name not in can]:
+        more = " `instruction` needs --instruction." if "instruction" in unknown else ""
+        raise ValueError(f"expected --arms among {', '.join(can)}; got {', '.join(unknown)}.{more}")
+    return names
 
 
 def _load(name: str, device: str | None, dtype: str) -> Any:
@@ -304,20 +479,22 @@ def _quiet() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with one line on stderr for input that cannot work."""
+    """Run the command line; 0, or 2 with one line on stderr for input that cannot work, or 130 if it was interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, standalone_mode=False)
+        stopped = app(arguments, standalone_mode=False, obj=shlex.join(["contrans", *arguments]))
     except (ValueError, OSError, ImportError) as error:
         print(f"contrans: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except typer.Exit as stop:
-        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):  # click makes the one of the other
+        print("contrans: interrupted before anything was measured.", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:  # click's own usage errors
         if not hasattr(error, "format_message"):
             raise
         print(f"contrans: {error.format_message()}", file=sys.stderr)
         return 2
-    return 0
+    return stopped if isinstance(stopped, int) else 0  # a command that exits makes click return its code
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
     experiment.reports["big"]["happiness"].verdict
     save_experiment(experiment, "out")          # report.json, report.html, *.safetensors
 
-It is what `contrans demo` and `contrans run` do. Each step is a public function of its own module.
+    evaluate_saved(target, pairs, concept, maps, neutral)      the last step alone, of a concept and maps from files
+
+It is what `contrans demo`, `run` and `evaluate` do. Each step is a public function of its own module.
 """
 
 import os
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from contrans_tl.activations import Activations, Rows, collect
+from contrans_tl.affine import UNWEIGHTED
 from contrans_tl.artifacts import versions
 from contrans_tl.data import ContrastPairs, cut_short
 from contrans_tl.evaluation import (
@@ -33,9 +36,12 @@ from contrans_tl.evaluation import (
     leaks_of,
     task_of,
 )
-from contrans_tl.models import HookedModel, identify
+from contrans_tl.models import HookedModel, ModelId, identify
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
+
+KIND, FORMAT = "contrans report", 2
+"""What report.json says it is. Format 1, which did not say so, had no prompts, doses and paired differences."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,7 @@ class Experiment:
     transfers: dict[str, dict[str, Transfer]]
     """Target -> concept -> transfer."""
     about: dict[str, Any]
-    """Seeds, versions, models, seconds, sizes."""
+    """Models, sizes, seeds, versions, seconds; `partial`, and with it the concepts not reached; `failures`; the command."""
 
     @property
     def reports(self) -> dict[str, dict[str, TransferReport]]:
@@ -66,7 +72,7 @@ class Experiment:
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds."""
         targets = {target: {name: report.to_dict() for name, report in row.items()} for target, row in self.reports.items()}
-        return {"targets": targets, **self.about}
+        return {"kind": KIND, "format": FORMAT, **self.about, "targets": targets}
 
 
 def check_inputs(
@@ -177,28 +183,22 @@ def run_experiment(
                 continue
             except Interrupted as interrupted:
                 report = interrupted.report
-            s, t = report.layer_source, report.layer_target
-            here = main.only([s], [t])
-            moved = reformulate(refined[concept], here, layers={s: t})
-            found[name][concept] = Transfer(report, moved, here.reweighted(refined[concept])[s, t])
+                stop.set()
+            found[name][concept] = _transfer(report, refined[concept], main)
 
     def experiment() -> Experiment:
-        about = {
-            "seeds": {"controls": seed},
-            "versions": versions(),
-            "models": {"source": identify(source).to_dict()}
-            | {name: identify(model).to_dict() for name, model in targets.items()},
-            "sizes": {
-                "fit_sentences": len(sentences),
-                "fit_rows": len(seen_by_source[""]),
-                "neutral_texts": len(neutral),
-                "random_vectors": rivals.n_random,
-                "loss_budget": search.budget,
-            },
-            "partial": stop.is_set(),
-            "failures": failures,
-            "seconds": round(time.monotonic() - start, 1),
-        }
+        reached = {f"{concept} into {name}" for name, row in found.items() for concept in row} | set(failures)
+        about = _about(
+            identify(source),
+            {name: identify(model) for name, model in targets.items()},
+            {"fit_sentences": len(sentences), "fit_rows": len(seen_by_source[""]), "neutral_texts": len(neutral)}
+            | {"random_vectors": rivals.n_random},
+            partial=stop.is_set(),
+            missing=[way for name in targets for concept in names if (way := f"{concept} into {name}") not in reached],
+            failures=dict(sorted(failures.items())),  # targets run side by side, so that they come in any order
+            seed=seed,
+            start=start,
+        )
         return Experiment(refined, {name: row for name, row in found.items() if row}, about)
 
     try:
@@ -212,7 +212,84 @@ def run_experiment(
                 raise
     except KeyboardInterrupt as interrupt:
         raise Interrupted(experiment()) from interrupt
+    if stop.is_set():  # in one of the threads
+        raise Interrupted(experiment())
     return experiment()
+
+
+def evaluate_saved(
+    target: HookedModel,
+    pairs: ContrastPairs,
+    concept: ConceptVector,
+    maps: LayerMaps,
+    neutral: Sequence[str],
+    *,
+    known: Mapping[str, Sequence[str]] | None = None,
+    rivals: Rivals = Rivals(),  # noqa: B008 - frozen
+    seed: int = 0,
+    **options: Any,
+) -> Experiment:
+    """`evaluate` as an experiment of one concept and one target, to be saved and reported on as any other.
+
+    Args:
+        known: the fit corpus, if it is at hand: {"the fit corpus": sentences}. Maps from a file know its hash only.
+        options: further ones of `evaluate`.
+
+    Raises:
+        ValueError, Interrupted: as `run_experiment`.
+    """
+    start, model = time.monotonic(), identify(target)
+    known = {**(known or {}), "the neutral text": neutral}
+
+    def experiment(report: TransferReport) -> Experiment:
+        about = _about(
+            concept.model,
+            {model.name: model},
+            {"fit_sentences": len(maps.source.sentence.unique()), "fit_rows": len(maps.source), "neutral_texts": len(neutral)}
+            | {"random_vectors": rivals.n_random},
+            partial=report.partial,
+            seed=seed,
+            start=start,
+        )
+        return Experiment({pairs.name: concept}, {model.name: {pairs.name: _transfer(report, concept, maps)}}, about)
+
+    try:
+        return experiment(
+            evaluate(target, pairs, concept, maps, neutral=neutral, known=known, rivals=rivals, seed=seed, **options)
+        )
+    except Interrupted as interrupted:
+        raise Interrupted(experiment(interrupted.report)) from interrupted
+
+
+def _transfer(report: TransferReport, concept: ConceptVector, maps: LayerMaps) -> Transfer:
+    s, t = report.layer_source, report.layer_target
+    here, weighted = maps.only([s], [t]), maps.method not in UNWEIGHTED
+    moved = reformulate(concept, here, layers={s: t}, weighting="concept" if weighted else "uniform")
+    return Transfer(report, moved, (here.reweighted(concept.only(s)) if weighted else here)[s, t])
+
+
+def _about(
+    source: ModelId,
+    targets: Mapping[str, ModelId],
+    sizes: Mapping[str, int],
+    *,
+    partial: bool,
+    missing: Sequence[str] = (),
+    failures: Mapping[str, str] | None = None,
+    seed: int,
+    start: float,
+) -> dict[str, Any]:
+    """What was not measured but decides what was; `seconds` is the only thing in it that two runs do not have in common."""
+    return {
+        "seeds": {"controls": seed},
+        "versions": versions(),
+        "models": {"source": source.to_dict()} | {name: model.to_dict() for name, model in targets.items()},
+        "sizes": dict(sizes),
+        "partial": partial,
+        "missing": list(missing),
+        "failures": dict(failures or {}),
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def layer_at(model: HookedModel, depth: float) -> int:

@@ -1,15 +1,4 @@
-"""Plots: reports -> figures (extra `plots`). Nothing else in the library needs them.
-
-    arms_figure(reports).savefig("arms.png")              {concept: TransferReport} of one target, from `evaluate`
-    cost_figure(reports)
-    grid_figure(maps, concept)                            every pair of layers
-    quality_figure(assess(maps, (9, 18), concept=concept))
-    learning_curve_figure(learning_curve(maps, (9, 18)))
-    splice_figure(splice(source, target, maps, texts, layers=[(9, 18)]))
-
-Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
-direction, so that the figures read in grey and by colour-blind eyes.
-"""
+"""Figures of maps: which layers fit, what one map is worth, how it grows with rows, what it does to a forward pass."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,8 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from contrans_tl.evaluation import TransferReport
 from contrans_tl.learning import LearningCurve
+from contrans_tl.plots.canvas import new_figure
 from contrans_tl.quality import MapQuality
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.reformulation import LayerMaps
@@ -29,77 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLE = {
-    "base": ("#111111", "|"),
-    "native": ("#111111", "*"),
-    "transplanted": ("#0072b2", "o"),
-    "uniform": ("#56b4e9", "s"),
-    "random_weighting": ("#56b4e9", "v"),
-    "paper": ("#999999", "D"),
-}
-"""Colour and marker, in the order in which arms are drawn; controls follow."""
-_CONTROL = ("#d55e00", "x")
 _METHODS = (("#0072b2", "o", "-"), ("#777777", "D", "--"), ("#d55e00", "x", ":"), ("#56b4e9", "s", "-."), ("#111111", "v", "-"))
 """Colour, marker and line of a learning curve's methods, in order."""
-_SPLICED = {"clean": ("#111111", "*"), "spliced": ("#0072b2", "o"), "shuffled": _CONTROL, "mean": ("#777777", "D")}
+_SPLICED = {"clean": ("#111111", "*"), "spliced": ("#0072b2", "o"), "shuffled": ("#d55e00", "x"), "mean": ("#777777", "D")}
 _LOWEST = -1.0
 """R2 below it is drawn at the edge, with its value: near n = d it can be -100."""
-
-
-def arms_figure(reports: Mapping[str, TransferReport]) -> "Figure":
-    """Every arm of every concept on the test split, with its interval."""
-    first = next(iter(reports.values()))
-    arms = [arm for arm in _STYLE if arm in first.arms] + [arm for arm in first.arms if arm not in _STYLE]
-    figure = _figure(width=11.0, height=0.9 + 0.26 * len(arms))
-    axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
-    for axis, (name, report) in zip(axes, reports.items(), strict=True):
-        for row, arm in enumerate(arms):
-            if arm not in report.arms:
-                continue
-            estimate = report.arms[arm][report.metric]
-            colour, marker = _STYLE.get(arm, _CONTROL)
-            axis.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=1.5, solid_capstyle="butt")
-            axis.plot(estimate.value, row, marker=marker, color=colour, markersize=7, linestyle="none")
-        axis.set_title(f"{name}\n$L${report.layer_source} → $L${report.layer_target}, strength {report.strength:g}", fontsize=9)
-        axis.set_xlim(-0.06, 1.06)
-        axis.set_xticks([0, 0.5, 1])
-        axis.set_xlabel(report.metric.replace("_", " "), fontsize=8)
-        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes[0].set_yticks(range(len(arms)), [arm.replace("_", " ") for arm in arms])
-    axes[0].invert_yaxis()
-    figure.suptitle(f"{first.target}: test split, 95% bootstrap intervals", fontsize=10)
-    return figure
-
-
-def cost_figure(reports: Mapping[str, TransferReport]) -> "Figure":
-    """Effect against the increase of neutral-text loss over strengths, on the select split, where strength was chosen."""
-    figure = _figure(width=11.0, height=2.6)
-    axes = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
-    for axis, (name, report) in zip(axes, reports.items(), strict=True):
-        chosen = (report.layer_source, report.layer_target)
-        points = [
-            point
-            for point in sorted(report.sweep, key=lambda point: point["strength"])
-            if (point["layer_source"], point["layer_target"]) == chosen and "loss_increase" in point
-        ]
-        axis.plot([p["loss_increase"] for p in points], [p["effect"] for p in points], "-o", color="#0072b2", markersize=4)
-        for point in points:
-            taken = point["strength"] == report.strength
-            axis.annotate(
-                f"{point['strength']:g}",
-                (point["loss_increase"], point["effect"]),
-                textcoords="offset points",
-                xytext=(3, -9),
-                fontsize=7,
-                fontweight="bold" if taken else "normal",
-            )
-        axis.set_title(name, fontsize=9)
-        axis.set_ylim(-0.06, 1.06)
-        axis.set_xlabel("loss increase (nats/token)", fontsize=8)
-        axis.grid(color="#dddddd", linewidth=0.6)
-    axes[0].set_ylabel("effect", fontsize=8)
-    figure.suptitle("select split: effect against cost, labelled by strength (bold: chosen)", fontsize=10)
-    return figure
 
 
 def grid_figure(maps: LayerMaps, concept: ConceptVector | None = None) -> "Figure":
@@ -110,7 +33,7 @@ def grid_figure(maps: LayerMaps, concept: ConceptVector | None = None) -> "Figur
     numbered = max(map(len, layers)) <= 16  # beyond, numbers do not fit their cells
     step = 1 if numbered else 4
     cell = (0.5, 0.4) if numbered else (0.16, 0.16)
-    figure = _figure(width=3.0 + cell[0] * len(layers[1]) * sum(widths), height=1.5 + cell[1] * len(layers[0]))
+    figure = new_figure(width=3.0 + cell[0] * len(layers[1]) * sum(widths), height=1.5 + cell[1] * len(layers[0]))
     axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
     for axis, (name, grid) in zip(axes, panels.items(), strict=False):
         # Shades span 0 to 1, not the grid's own range: layers that all fit alike shall look alike.
@@ -139,7 +62,7 @@ def quality_figure(quality: MapQuality) -> "Figure":
     """What one map is worth: its scores beside their nulls, R2 of every dimension, its spectrum and what it does to a
     concept."""
     concept, cka = quality.concept, quality.cka
-    figure = _figure(width=11.0, height=2.9)
+    figure = new_figure(width=11.0, height=2.9)
     scores, dimensions, spectrum, *more = figure.subplots(1, 4 if concept else 3, squeeze=False)[0]
     chance = 1 / quality.candidates
     _dots(
@@ -205,7 +128,7 @@ def quality_figure(quality: MapQuality) -> "Figure":
 
 def learning_curve_figure(curve: LearningCurve) -> "Figure":
     """Held-out R2 and, for a concept, the carried vector against the number of rows, n = d marked; bands span the draws."""
-    figure = _figure(width=9.0 if curve.cosine is not None else 5.0, height=3.2)
+    figure = new_figure(width=9.0 if curve.cosine is not None else 5.0, height=3.2)
     left, *right = figure.subplots(1, 1 if curve.cosine is None else 2, squeeze=False)[0]
     for i, method in enumerate(curve.methods):
         colour, marker, line = _METHODS[i % len(_METHODS)]
@@ -243,7 +166,7 @@ def learning_curve_figure(curve: LearningCurve) -> "Figure":
 def splice_figure(report: SpliceReport) -> "Figure":
     """Cross-entropy of every arm and what of it is recovered, with 95% bootstrap intervals over texts."""
     names = [f"$L${one.layers[0]} → $L${one.layers[1]}" for one in report.splices]
-    figure = _figure(width=9.0, height=1.5 + 0.5 * len(names))
+    figure = new_figure(width=9.0, height=1.5 + 0.5 * len(names))
     loss, recovered = figure.subplots(1, 2, sharey=True)
     for row, one in enumerate(report.splices):
         for axis, estimates in ((loss, one.loss), (recovered, one.recovered)):
@@ -290,11 +213,3 @@ def _band(axis: "Axes", sizes: Sequence[int], values: Float[Tensor, "size draw"]
     """Means over draws, and the band between the lowest and the highest."""
     axis.fill_between(sizes, values.amin(1), values.amax(1), color=style["color"], alpha=0.15, linewidth=0)
     axis.plot(sizes, values.mean(1), label=label, **style)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'contrans-tl[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained", dpi=110)

@@ -1,0 +1,28 @@
+"""Plots: reports -> figures (extra `plots`). Nothing else in the library needs them.
+
+    arms_figure(reports).savefig("arms.png")              {concept: TransferReport} of one target, from `evaluate`
+    differences_figure(reports)
+    sweep_figure(report)                                  how strength and layers were chosen
+    steerability_figure(report)
+    grid_figure(maps, concept)                            every pair of layers
+    quality_figure(assess(maps, (9, 18), concept=concept))
+    learning_curve_figure(learning_curve(maps, (9, 18)))
+    splice_figure(splice(source, target, maps, texts, layers=[(9, 18)]))
+
+Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
+direction, so that the figures read in grey and by colour-blind eyes.
+"""
+
+from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
+from contrans_tl.plots.maps import grid_figure, learning_curve_figure, quality_figure, splice_figure
+
+__all__ = [
+    "arms_figure",
+    "differences_figure",
+    "grid_figure",
+    "learning_curve_figure",
+    "quality_figure",
+    "splice_figure",
+    "steerability_figure",
+    "sweep_figure",
+]
