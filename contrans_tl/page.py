@@ -435,7 +435,7 @@ def _samples(report: TransferReport) -> list[str]:
 def _made(experiment: "Experiment") -> list[str]:
     about = experiment.about
     models = [
-        f"<tr>{_left(role)}{_left(m['name'])}{_td(m['n_layers'])}{_td(m['d_model'])}{_left(m.get('revision') or '')}"
+        f"<tr>{_left(role)}{_left(m['name'])}{_td(escape(str(m['n_layers'])))}{_td(escape(str(m['d_model'])))}{_left(m.get('revision') or '')}"
         f"{_left(m['fingerprint'])}{_left(m['basis'])}"
         for role, m in about["models"].items()
     ]

@@ -166,7 +166,7 @@ def _rows_of_arms(reports: Mapping[str, TransferReport], leave_out: Sequence[str
     return figure, axes, arms
 
 
-def _interval(axis: "Axes", row: float, estimate: Estimate, colour: str, marker: str, *, hollow: bool = False) -> None:
+def _interval(axis: "Axes", row: int, estimate: Estimate, colour: str, marker: str, *, hollow: bool = False) -> None:
     axis.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=1.5, solid_capstyle="butt")
     inside = "white" if hollow else colour
     axis.plot(estimate.value, row, marker=marker, color=colour, markersize=6, markerfacecolor=inside, linestyle="none")
