@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from contrans_tl.formats import read_toxigen as read_toxigen
     from contrans_tl.formats import read_truthfulqa as read_truthfulqa
     from contrans_tl.formats import toxigen_pairs as toxigen_pairs
+    from contrans_tl.harness import harness_model as harness_model
     from contrans_tl.leakage import Leak as Leak
     from contrans_tl.leakage import check_leaks as check_leaks
     from contrans_tl.leakage import find_leaks as find_leaks
@@ -93,6 +94,7 @@ _HOME = {
         "read_truthfulqa",
         "toxigen_pairs",
     ),
+    "harness": ("harness_model",),
     "leakage": ("Leak", "check_leaks", "find_leaks"),
     "learning": ("learning_curve",),
     "models": ("HookedModel", "ModelId", "identify", "load_model"),

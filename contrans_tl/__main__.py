@@ -210,6 +210,69 @@ def compare(
 
 
 @app.command()
+def recipe(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="emotions, truthfulness, toxicity, families, alignment, two_concepts, "
+            "token_shifts, checkpoints, sizes or number_of_pairs."
+        ),
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="SOURCE TARGET...; of alignment BASE ALIGNED TARGET..., of families SOURCE... TARGET, of sizes MODEL... (each "
+            "into each). Hub ids, also with @REVISION, or folders. Default: the embedded models."
+        ),
+    ] = None,
+    pairs: Annotated[list[Path] | None, typer.Option("--pairs", help="Contrast pairs with select and test questions.")] = None,
+    scenarios: Annotated[Path | None, typer.Option(help="Folder with RepE's files of the six emotions.")] = None,
+    truthfulqa: Annotated[Path | None, typer.Option(help="TruthfulQA's JSON or CSV.")] = None,
+    facts: Annotated[Path | None, typer.Option(help="statement,label to refine honesty on; with --truthfulqa.")] = None,
+    toxigen: Annotated[Path | None, typer.Option(help="Folder of ToxiGen's demonstrations.")] = None,
+    toxic: Annotated[str | None, typer.Option(help="MODEL:LABEL of the classifier of continuations.")] = None,
+    sentences: Annotated[Path | None, typer.Option(help="Fit corpus; default: the embedded world's.")] = None,
+    neutral: Annotated[Path | None, typer.Option(help="Text to measure losses on; default: the end of --sentences.")] = None,
+    aligned: Annotated[str | None, typer.Option(help="Another model of the target's size, aligned by training.")] = None,
+    proxy: Annotated[tuple[str, str] | None, typer.Option(help="A small model after and before alignment.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Look at all pairs of layers, not only at 0.75 of the depth.")] = False,
+    random_vectors: Annotated[int | None, typer.Option(min=1, help="Vectors in the random arm; 20 unless said.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for recipe.json.")] = Path("contrans-recipe"),
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: int = 0,
+) -> None:
+    """One of the paper's experiments, with controls: on the embedded models in seconds, or on any models."""
+    _quiet()
+    from functools import partial
+
+    from contrans_tl.recipes import RECIPES, job_of, load_named, save_recipe
+
+    job = job_of(
+        name,
+        models or (),
+        pairs=pairs or (),
+        scenarios=scenarios,
+        truthfulqa=truthfulqa,
+        facts=facts,
+        toxigen=toxigen,
+        toxic=toxic,
+        sentences=sentences,
+        neutral=neutral,
+        aligned=aligned,
+        proxy=proxy,
+        sweep=sweep,
+        random_vectors=random_vectors,
+        batch_size=batch_size,
+        seed=seed,
+        load=partial(load_named, device=device, dtype=_dtype(dtype)),
+    )
+    result = RECIPES[name](job)
+    typer.echo(f"{result}\n{save_recipe(result, out)}")
+
+
+@app.command()
 def refine(
     model: Annotated[str, typer.Argument(help="Hub id or folder.")],
     pairs: Pairs,
@@ -387,14 +450,18 @@ def _arms(arms: str | None, made: set[str]) -> list[str] | None:
 
 
 def _load(name: str, device: str | None, dtype: str) -> Any:
-    import torch
-
     from contrans_tl import load_model
 
+    return load_model(name, device=device, dtype=_dtype(dtype))
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in types:
-        raise ValueError(f"expected dtype {', '.join(types)}; got {dtype!r}.")
-    return load_model(name, device=device, dtype=types[dtype])
+    if name not in types:
+        raise ValueError(f"expected dtype {', '.join(types)}; got {name!r}.")
+    return types[name]
 
 
 def _quiet() -> None:

@@ -105,6 +105,7 @@ def run_experiment(
     arms: Sequence[str] | None = None,
     rivals: Rivals = Rivals(),  # noqa: B008 - frozen
     search: Search = Search(),  # noqa: B008 - frozen
+    depth: float | None = None,
     allow_overlap: bool = False,
     batch_size: int = 32,
     seed: int = 0,
@@ -120,6 +121,7 @@ def run_experiment(
         tasks: {concept: what is asked}, where it is not the concept's own questions.
         arms, search, allow_overlap: as for `evaluate`.
         rivals: likewise; the concept after each (the first after the last) is its `other_concept`, and the paper's map an arm.
+        depth: the one layer of each model at this share of its depth (`layer_at`); None: all pairs of layers are looked at.
 
     Raises:
         ValueError: what `check_inputs` or `evaluate` raises.
@@ -128,7 +130,11 @@ def run_experiment(
     start = time.monotonic()
     corpora_known = {"the fit corpus": sentences, "the neutral text": neutral, "the unrelated corpus": unrelated or ()}
     check_inputs(concepts, corpora_known, tasks=tasks, allow_overlap=allow_overlap)
-    refined = {pairs.name: refine(source, pairs, batch_size=batch_size) for pairs in concepts}
+
+    def layers(model: HookedModel) -> list[int] | None:
+        return None if depth is None else [layer_at(model, depth)]
+
+    refined = {pairs.name: refine(source, pairs, layers=layers(source), batch_size=batch_size) for pairs in concepts}
     names = list(refined)
     # The paper's rows: the last token of each sentence, its end cut off so that it is not always a full stop.
     corpora: dict[str, tuple[Sequence[str], Rows]] = {"": (sentences, "words")}
@@ -138,7 +144,8 @@ def run_experiment(
         corpora["neutral_corpus"] = (unrelated, "words")
 
     def rows(model: HookedModel) -> dict[str, Activations]:
-        return {name: collect(model, texts, rows=kind, batch_size=batch_size) for name, (texts, kind) in corpora.items()}
+        options: dict[str, Any] = {"layers": layers(model), "batch_size": batch_size}
+        return {name: collect(model, texts, rows=kind, **options) for name, (texts, kind) in corpora.items()}
 
     seen_by_source = rows(source)
     found: dict[str, dict[str, Transfer]] = {name: {} for name in targets}
@@ -283,6 +290,13 @@ def _about(
         "failures": dict(failures or {}),
         "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def layer_at(model: HookedModel, depth: float) -> int:
+    """The layer at a share of the depth, as the paper's code has 24 of 32, 30 of 40 and 60 of 80 at 0.75."""
+    if not 0 <= depth < 1:
+        raise ValueError(f"expected a depth from 0 up to, not including, 1; got {depth}.")
+    return int(depth * model.cfg.n_layers)
 
 
 @contextmanager

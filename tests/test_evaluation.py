@@ -23,7 +23,7 @@ from contrans_tl.evaluation import (
     side_effects,
     task_of,
 )
-from contrans_tl.models import resumed_after
+from contrans_tl.models import head_only_at, resumed_after
 from contrans_tl.reformulation import fit_maps
 from contrans_tl.tokens import encode, pad
 
@@ -295,3 +295,32 @@ def test_a_model_is_whole_again_after_an_exception_while_resumed(bridges):
         assert not torch.equal(plain(model)(tokens, mask), before)
         raise KeyboardInterrupt
     assert torch.equal(plain(model)(tokens, mask), before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "neox", "qwen2", "gemma2"])
+def test_the_head_can_be_computed_where_it_is_read_only(architecture, bridges):
+    model = bridges[architecture]
+    tokens, mask = pad([encoding.ids for encoding in encode(model, TEXTS)])
+    whole, where = plain(model)(tokens, mask), torch.zeros(tokens.shape, dtype=torch.bool)
+    where[[0, 0, 1, 3], [0, 1, 5, 2]] = True
+    with head_only_at(model, where):
+        some = plain(model)(tokens, mask)
+        assert torch.equal(plain(model)(tokens[:2], mask[:2]), whole[:2])  # a pass of another shape is left alone
+    assert torch.allclose(some[where], whole[where], atol=1e-5) and not some[~where].any()  # float32, other batch shapes
+    with pytest.raises(KeyboardInterrupt), head_only_at(model, where):
+        raise KeyboardInterrupt
+    assert torch.equal(plain(model)(tokens, mask), whole)
+
+
+def test_options_that_begin_with_others_are_scored_as_if_alone(bridges, references):
+    model, reference = bridges["llama"], references["llama"]
+    question = Question("the quick", (" brown", " brown fox", " brown fox jumps", " dog"), 2)
+    asked = [question, replace(question, prompt="the quick brown", options=(" fox", " fox jumps"), answer=1)]
+    margins = answer_questions(model, read_questions(model, asked), "mc1").margin
+    for one, margin in zip(asked, margins, strict=True):
+        _, prompt = logprobs_alone(reference, model.tokenizer, one.prompt)
+        sums = []
+        for option in one.options:
+            logprobs, ids = logprobs_alone(reference, model.tokenizer, one.prompt + option)
+            sums.append(sum(float(logprobs[i - 1, ids[i]]) for i in range(len(prompt), len(ids))))
+        assert margin == pytest.approx(sums.pop(one.answer) - max(sums), abs=1e-4)  # float32 logits

@@ -13,7 +13,7 @@ from conftest import D_MODEL, N_CTX, N_LAYERS, TEXTS, VOCAB, hooks_on, save_toke
 
 from contrans_tl import ConceptVector, ContrastPairs, collect, identify, refine, transplant
 from contrans_tl.evaluation import SteeredAt, plain
-from contrans_tl.models import HookedModel, hook_name, self_check
+from contrans_tl.models import HookedModel, head_only_at, hook_name, self_check
 
 try:
     from transformer_lens import HookedTransformer
@@ -95,6 +95,16 @@ if HookedTransformer is not None:
             assert changed == (positions != "generated")
             assert not hooks_on(model)
         assert (logits[0] - logits[1]).abs().max() < TOLERANCE
+
+    def test_both_compute_the_head_where_it_is_read_only(both):
+        where = torch.zeros(TOKENS.shape, dtype=torch.bool)
+        where[0, [1, 4]] = True
+        for model in both:
+            whole = model(TOKENS)
+            with head_only_at(model, where):
+                some = model(TOKENS)
+            assert (some[where] - whole[where]).abs().max() < TOLERANCE and not some[~where].any()
+            assert torch.equal(model(TOKENS), whole)
 
     @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
     @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])

@@ -18,7 +18,13 @@
 from contrans_tl.evaluation.arms import ARMS, NULLS, Rivals, carried, random_like
 from contrans_tl.evaluation.costs import side_effects, strength_for_kl
 from contrans_tl.evaluation.intervals import Estimate, clopper_pearson, difference, estimate, transfer_rate
-from contrans_tl.evaluation.questions import Answers, ReadQuestion, answer_questions, read_questions
+from contrans_tl.evaluation.questions import (
+    Answers,
+    ReadQuestion,
+    answer_questions,
+    continuation_logprobs,
+    read_questions,
+)
 from contrans_tl.evaluation.selection import Choice, Search, choose, frontier
 from contrans_tl.evaluation.steerability import Steerability, steerability
 from contrans_tl.evaluation.subjects import Forward, ProxyTuned, Sampling, Steered, SteeredAt, Subject, plain
@@ -66,6 +72,7 @@ __all__ = [
     "choose",
     "classifier",
     "clopper_pearson",
+    "continuation_logprobs",
     "difference",
     "estimate",
     "evaluate",

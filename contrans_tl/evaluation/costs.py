@@ -40,13 +40,15 @@ def side_effects(model: HookedModel, texts: Sequence[str], forwards: Sequence[Fo
         tokens, mask = pad([sequences[i] for i in batch], device_of(model))
         following, real = tokens[:, 1:, None], mask[:, 1:]
         clean = plain(model)(tokens, mask)[:, :-1].log_softmax(-1)
+        likely = clean.exp()
         own = -clean.gather(-1, following)[..., 0]
         loss[batch] = (own * real).sum(1).double().cpu().numpy()
         for k, forward in enumerate(forwards):
             logprobs = forward(tokens, mask)[:, :-1].log_softmax(-1)
-            whole = clean[..., : logprobs.shape[-1]]  # a head may be padded beyond the vocabulary, others' heads less so
+            shared = logprobs.shape[-1]  # a head may be padded beyond the vocabulary, others' heads less so
+            whole = clean[..., :shared]
             increase[k, batch] = ((-logprobs.gather(-1, following)[..., 0] - own) * real).sum(1).double().cpu().numpy()
-            kl[k, batch] = ((whole.exp() * (whole - logprobs)).sum(-1) * real).sum(1).double().cpu().numpy()
+            kl[k, batch] = ((likely[..., :shared] * (whole - logprobs)).sum(-1) * real).sum(1).double().cpu().numpy()
     return SideEffects(loss, increase, kl, np.array([len(ids) - 1.0 for ids in sequences]))
 
 
@@ -56,7 +58,7 @@ def strength_for_kl(
     """The strength at which a vector costs so many nats of next-token KL on these texts, to about 1%.
 
     Doubling until it costs more, then bisection on the logarithm. ValueError for a vector that does not get there within a
-    factor of 2^20, as one of zeros does not.
+    factor of 2^20: one of zeros, or in a model whose head is bounded by its last norm and says little.
     """
     if kl <= 0:
         raise ValueError(f"expected a KL budget above 0; got {kl}.")
@@ -69,7 +71,10 @@ def strength_for_kl(
     while cost(high) < kl:
         high, doublings = 2 * high, doublings + 1
         if doublings > 20:
-            raise ValueError(f"{concept.name!r} costs less than {kl} nats of KL at any strength; is it a vector of zeros?")
+            raise ValueError(
+                f"{concept.name!r} costs less than {kl} nats of KL at any strength ({cost(high):.2g} at the last one tried): "
+                "ask for less. (A vector of zeros costs none.)"
+            )
     low = high / 2
     while doublings == 0 and cost(low) > kl and low > 2**-20:
         high, low = low, low / 2

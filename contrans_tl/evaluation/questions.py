@@ -16,6 +16,7 @@ TruthfulQA's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from jaxtyping import Float
 
 from contrans_tl.data import Metric, Question
 from contrans_tl.evaluation.subjects import Forward, device_of, plain
-from contrans_tl.models import HookedModel
+from contrans_tl.models import HookedModel, head_only_at
+from contrans_tl.progress import track
 from contrans_tl.tokens import by_length, encode, pad
 
 
@@ -50,7 +52,8 @@ def read_questions(model: HookedModel, questions: Sequence[Question], *, opening
         opening: put before every prompt.
 
     Raises:
-        ValueError: an option that adds no token to its prompt, or what `encode` raises.
+        ValueError: an option that adds no token to its prompt, a prompt that has no token in common with all its options, or
+            what `encode` raises.
     """
     texts = [[opening + q.text, *(opening + q.text + option for option in q.options)] for q in questions]
     encodings = iter(encode(model, [text for group in texts for text in group]))
@@ -62,6 +65,11 @@ def read_questions(model: HookedModel, questions: Sequence[Question], *, opening
         options = tuple(ids[shared:] for ids in full)
         if not all(options):
             raise ValueError(f"an option adds no token to its prompt: {question.prompt!r}, {question.options}.")
+        if not shared:
+            raise ValueError(
+                f"nothing stands before the options {question.options} of {question.prompt!r} in the tokens of "
+                f"{model.cfg.model_name}, so that nothing predicts their first tokens. Lengthen the prompt."
+            )
         lengths = tuple(max(1, len(option.strip())) for option in question.options)
         read.append(ReadQuestion(prompt[:shared], options, question.answer, question.correct or (question.answer,), lengths))
     return read
@@ -133,24 +141,49 @@ def _score_options(
 ) -> list[tuple[list[float], list[bool]]]:
     """Of every option of every question, the sum of its tokens' log-probabilities, and whether each of them is the likeliest of
     the vocabulary."""
-    options = [(q.prompt, option) for q in questions for option in q.options]
-    # The last token of an option is predicted, never read: options that differ only there share one sequence.
-    wanted: dict[tuple[int, ...], list[int]] = {}
-    for number, (prompt, option) in enumerate(options):
-        wanted.setdefault(prompt + option[:-1], []).append(number)
-    sequences, sums, greedy = list(wanted), [0.0] * len(options), [False] * len(options)
-    for batch in by_length([len(ids) for ids in sequences], batch_size):
-        tokens, mask = pad([sequences[i] for i in batch], device_of(model))
-        logits = forward(tokens, mask)
-        for row, i in enumerate(batch):
-            starts = [len(options[number][0]) - 1 for number in wanted[sequences[i]]]
-            read = logits[row, min(starts) : len(sequences[i])].log_softmax(-1).cpu()
-            likeliest = read.argmax(-1)
-            for number, start in zip(wanted[sequences[i]], starts, strict=True):
-                ids = torch.tensor(options[number][1])
-                places = torch.arange(len(ids)) + start - min(starts)
-                sums[number] = float(read[places, ids].double().sum())
-                greedy[number] = bool((likeliest[places] == ids).all())
-    scores = iter(zip(sums, greedy, strict=True))
+    options = [(question.prompt, option) for question in questions for option in question.options]
+    scores = iter(continuation_logprobs(model, options, forward=forward, batch_size=batch_size))
     by_question = [[next(scores) for _ in question.options] for question in questions]
     return [([total for total, _ in group], [best for _, best in group]) for group in by_question]
+
+
+def continuation_logprobs(
+    model: HookedModel,
+    continuations: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    forward: Forward | None = None,
+    batch_size: int = 64,
+) -> list[tuple[float, bool]]:
+    """Of every (prompt, continuation), in tokens: the sum of the continuation's log-probabilities, and whether each of its
+    tokens is the likeliest of the vocabulary."""
+    forward = forward or plain(model)
+    # The last token of a continuation is predicted, never read, and what stands behind a token does not change it: those that
+    # differ only there, or that others begin with, share one sequence.
+    read = [prompt + continuation[:-1] for prompt, continuation in continuations]
+    sequences: list[tuple[int, ...]] = []
+    members: list[list[int]] = []
+    for number in sorted(range(len(read)), key=lambda number: read[number], reverse=True):
+        if not (sequences and sequences[-1][: len(read[number])] == read[number]):
+            sequences.append(read[number])
+            members.append([])
+        members[-1].append(number)
+    scores = [(0.0, False)] * len(continuations)
+    batches = by_length([len(ids) for ids in sequences], batch_size)
+    for batch in track(batches, "log-probabilities", len(batches)):
+        tokens, mask = pad([sequences[i] for i in batch], device_of(model))
+        asked = [(row, number) for row, i in enumerate(batch) for number in members[i]]
+        lengths = [len(continuations[number][1]) for _, number in asked]
+        rows = [row for (row, _), length in zip(asked, lengths, strict=True) for _ in range(length)]
+        places = [
+            len(continuations[number][0]) - 1 + k for (_, number), n in zip(asked, lengths, strict=True) for k in range(n)
+        ]
+        where = torch.zeros(tokens.shape, dtype=torch.bool)
+        where[rows, places] = True
+        with head_only_at(model, where):
+            logprobs = forward(tokens, mask)[rows, places].log_softmax(-1).cpu()
+        ids = torch.tensor([token for _, number in asked for token in continuations[number][1]])
+        likeliest = iter((logprobs.argmax(-1) == ids).tolist())
+        each = iter(logprobs.gather(-1, ids[:, None])[:, 0].tolist())
+        for (_, number), length in zip(asked, lengths, strict=True):
+            scores[number] = sum(islice(each, length)), all(list(islice(likeliest, length)))
+    return scores

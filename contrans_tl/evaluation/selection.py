@@ -15,7 +15,7 @@ import numpy as np
 
 from contrans_tl.evaluation.costs import side_effects, strength_for_kl
 from contrans_tl.evaluation.subjects import SteeredAt, Subject
-from contrans_tl.evaluation.tasks import Task
+from contrans_tl.evaluation.tasks import Task, measured
 from contrans_tl.models import HookedModel
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
@@ -130,7 +130,7 @@ def choose(
     sign = 1.0 if task.wanted == "higher" else -1.0
 
     def effect(task: Task, subject: Subject) -> tuple[float, float]:
-        marks = task.measure(subject, "select")
+        marks = measured(task, subject, "select")
         leaning = 0.0 if marks.propensity is None else float(marks.propensity.mean())
         return float(marks.metrics[task.metric].mean()), leaning
 

@@ -3,7 +3,7 @@
     Subject(target)                                          base
     SteeredAt(target, layer).subject(concept, strength)      what `transplant` does at all positions
     Subject(target, opening="Pretend you are honest.")       the paper's Inst-Align
-    ProxyTuned(target, expert, novice)                       the paper's EFT baseline
+    ProxyTuned(target, expert=..., novice=...)               the paper's EFT baseline
 
 A task asks a subject in two ways only: `forward`, tokens and mask to logits, and `generate`.
 """
@@ -55,6 +55,12 @@ class Sampling:
     temperature: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"expected a temperature above 0; got {self.temperature}. (Greedy continuations have no Sampling.)"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -86,7 +92,8 @@ class Subject:
         Greedy ones come from the model's own `generate`, with its cache; drawn ones read the whole text at each step.
         """
         if sampling is not None:
-            return self._step_by_step(prompts, max_new_tokens, sampling, batch_size)
+            with self.running() as model:  # and not self.forward: nothing that is shared by vectors is shared by their texts
+                return self._step_by_step(plain(model), prompts, max_new_tokens, sampling, batch_size)
         lengths, written = defaultdict(list), [[0] for _ in prompts]
         for i, prompt in enumerate(prompts):
             lengths[len(prompt)].append(i)  # of one length: nothing to pad, so nothing to mask
@@ -101,9 +108,14 @@ class Subject:
         return [self._until_end(row) for row in written]
 
     def _step_by_step(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling | None, batch_size: int
+        self,
+        forward: Forward,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        batch_size: int,
     ) -> list[list[int]]:
-        texts, forward = [list(prompt) for prompt in prompts], self.forward
+        texts = [list(prompt) for prompt in prompts]
         rngs = [torch.Generator().manual_seed((sampling.seed if sampling else 0) * 1_000_003 + i) for i in range(len(texts))]
         end = getattr(self.model.tokenizer, "eos_token_id", None)
         for _ in range(max_new_tokens):
@@ -195,8 +207,8 @@ class ProxyTuned(Subject):
         for role, other in (("expert", self.expert), ("novice", self.novice)):
             if not same_tokens(other, self.model):
                 raise ValueError(
-                    f"expected an {role} that reads the same tokens as {self.model.cfg.model_name}; {other.cfg.model_name} has "
-                    "another vocabulary, so that logits cannot be added."
+                    f"expected for {role} a model that reads the same tokens as {self.model.cfg.model_name}; "
+                    f"{other.cfg.model_name} has another vocabulary, so that logits cannot be added."
                 )
 
     @property
@@ -221,4 +233,4 @@ class ProxyTuned(Subject):
         batch_size: int = 64,
     ) -> list[list[int]]:
         """As any subject's, step by step: three models have no cache in common."""
-        return self._step_by_step(prompts, max_new_tokens, sampling, batch_size)
+        return self._step_by_step(self.forward, prompts, max_new_tokens, sampling, batch_size)

@@ -10,11 +10,11 @@ One of your own has prompts and a way to measure:
         name, metric = "shouting", "capitals"
 
         def prompts(self, split):
-            return SELECT if split == "select" else TEST
+            return {"select": SELECT, "test": TEST}.get(split, ())
 
         def measure(self, subject, split):
             texts = write(subject, self.prompts(split), max_new_tokens=20)
-            return Marks({"capitals": np.array([sum(map(str.isupper, text)) / len(text) for text in texts])})
+            return Marks({"capitals": np.array([float(text.isupper()) for text in texts])})
 """
 
 import json
@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Float
@@ -40,7 +41,8 @@ Scorer = Callable[[list[str]], Sequence[float]]
 
 
 class ScoringFailed(ValueError):
-    """A scorer raised, or returned something other than one finite number for each continuation."""
+    """A scorer raised, or returned something other than one finite number for each continuation. What a task's `measure`
+    raises of this kind is told in the report beside the arm, and costs that arm only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,12 @@ class Marks:
     """How far each prompt leans the concept's way, in nats or the scorer's units, where that is finer than the metric."""
     texts: tuple[str, ...] = ()
     """What was written, where something was."""
+
+    def __post_init__(self) -> None:
+        """ScoringFailed for a metric that is no finite number."""
+        for name, values in self.metrics.items():
+            if not np.isfinite(values).all():
+                raise ScoringFailed(f"{name}: {(~np.isfinite(values)).sum()} of {len(values)} are NaN or infinite.")
 
 
 class Task(ABC):
@@ -97,7 +105,10 @@ class _Asked(Task):
     own: tuple[Question, ...] = ()
     """Prompts of the concept itself, which are answered its way without any help."""
     batch_size: int = 64
-    _read: dict[Any, list[ReadQuestion]] = field(default_factory=dict, repr=False)
+    _read: WeakKeyDictionary[Any, dict[Any, list[ReadQuestion]]] = field(
+        init=False, repr=False, default_factory=WeakKeyDictionary
+    )
+    """By model, for as long as it lives; an address says nothing, the next model may get it."""
 
     @classmethod
     def of(cls, pairs: ContrastPairs) -> Any:
@@ -115,15 +126,15 @@ class _Asked(Task):
         return list(dict.fromkeys(question.prefix for question in questions if question.prefix))
 
     def screening(self) -> Task:
-        return replace(self, select=self.select[::2], _read={})
+        return replace(self, select=self.select[::2])
 
     def measure(self, subject: Subject, split: Split) -> Marks:
-        key = (id(subject.model), subject.opening, split)
-        if key not in self._read:
-            self._read[key] = read_questions(subject.model, getattr(self, split), opening=subject.opening)
+        read, key = self._read.setdefault(subject.model, {}), (subject.opening, split)
+        if key not in read:
+            read[key] = read_questions(subject.model, getattr(self, split), opening=subject.opening)
         answers = answer_questions(
             subject.model,
-            self._read[key],
+            read[key],
             self.metric,  # type: ignore[arg-type]  # a subclass says which
             forward=subject.forward,
             batch_size=self.batch_size,
@@ -141,6 +152,15 @@ class MultipleChoice(_Asked):
     """One of several answers, of any length, has to be the likeliest: `mc1`, `mc1_normalised`, `mc2` (`questions`)."""
 
     metric: Metric = "mc1"
+
+
+def measured(task: Task, subject: Subject, split: Split) -> Marks:
+    """What a task measures of a subject. ScoringFailed unless that is one number for each prompt."""
+    marks, n = task.measure(subject, split), len(task.prompts(split))
+    for name, values in marks.metrics.items():
+        if len(values) != n:
+            raise ScoringFailed(f"{name}: {len(values)} numbers for {n} prompts.")
+    return marks
 
 
 def task_of(pairs: ContrastPairs) -> Task:
@@ -212,10 +232,16 @@ def write(
     sampling: Sampling | None = None,
     batch_size: int = 64,
 ) -> list[str]:
-    """The text that a subject writes behind each prompt."""
+    """The text that a subject writes behind each prompt. ValueError for more than the model's context holds."""
     ids = [encoding.ids for encoding in encode(subject.model, [subject.opening + prompt for prompt in prompts])]
+    model, longest = subject.model, max(map(len, ids), default=0)
+    if longest + max_new_tokens > model.cfg.n_ctx:
+        raise ValueError(
+            f"{max_new_tokens} new tokens behind a prompt of {longest} do not fit the context of {model.cfg.model_name} "
+            f"({model.cfg.n_ctx}). Shorten the prompts, or write fewer."
+        )
     written = subject.generate(ids, max_new_tokens, sampling=sampling, batch_size=batch_size)
-    return [subject.model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
+    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in written]
 
 
 def score(scorer: Scorer, texts: list[str]) -> Float[np.ndarray, " text"]:
@@ -237,8 +263,14 @@ class WordList:
 
     words: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.words or not all(word.strip() for word in self.words):
+            raise ValueError(f"expected words to count, none of them empty; got {self.words}.")
+
     def __call__(self, texts: list[str]) -> list[float]:
-        pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, self.words))})\b", re.IGNORECASE)
+        # Not \b, which a word that ends in a sign never ends at. Longest first, so that no word hides one that it begins.
+        words = sorted(map(re.escape, self.words), key=len, reverse=True)
+        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
         return [float(len(pattern.findall(text))) for text in texts]
 
 

@@ -24,7 +24,7 @@ from contrans_tl.evaluation.intervals import Estimate, difference, estimate, tra
 from contrans_tl.evaluation.selection import Choice, Search, Setting, choose
 from contrans_tl.evaluation.steerability import MULTIPLES, Steerability, steerability
 from contrans_tl.evaluation.subjects import SteeredAt
-from contrans_tl.evaluation.tasks import Marks, ScoringFailed, Split, Task, task_of
+from contrans_tl.evaluation.tasks import Marks, ScoringFailed, Split, Task, measured, task_of
 from contrans_tl.leakage import Leak, check_leaks
 from contrans_tl.models import HookedModel, identify
 from contrans_tl.progress import track
@@ -313,8 +313,8 @@ class _Test:
     def measure(self, name: str, arm: Arm) -> None:
         """One arm; a scorer that fails is noted, and costs that arm only."""
         try:
-            marks = [self.task.measure(subject, "test") for subject in arm.subjects]
-            own = [self.task.measure(subject, "own") for subject in arm.subjects] if self.task.prompts("own") else []
+            marks = [measured(self.task, subject, "test") for subject in arm.subjects]
+            own = [measured(self.task, subject, "own") for subject in arm.subjects] if self.task.prompts("own") else []
         except ScoringFailed as error:
             self.failures[name] = str(error)
             return
@@ -348,7 +348,7 @@ class _Test:
         return table
 
     def differences(self, sign: float, seed: int) -> dict[str, Estimate]:
-        values = {name: sign * measured for name, measured in self.headline().items()}
+        values = {name: sign * marked for name, marked in self.headline().items()}
         if "transplanted" not in values:
             return {}
         moved = values.pop("transplanted")[0]
@@ -371,15 +371,15 @@ class _Test:
             if multiple != 1.0:
                 subject = at.subject(self.arms[name].vectors[0], multiple * strength)
                 try:
-                    measured = self.task.measure(subject, "test").propensity
+                    propensity = measured(self.task, subject, "test").propensity
                 except ScoringFailed as error:
                     self.failures[f"{name} at {multiple:g} of the strength"] = str(error)
                     continue
-                assert measured is not None
-                curve[multiple * strength] = measured
+                assert propensity is not None
+                curve[multiple * strength] = propensity
         strengths = sorted(curve)
-        propensity = np.stack([curve[x] for x in strengths])
-        return {name: steerability(strengths, propensity, groups=self.groups(), seed=seed)}
+        curves = np.stack([curve[x] for x in strengths])
+        return {name: steerability(strengths, curves, groups=self.groups(), seed=seed)}
 
     def texts(self) -> dict[str, list[str]]:
         return {name: list(marks[0].texts[:SHOWN]) for name, marks in self.marks.items() if marks[0].texts}
