@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,16 +31,14 @@ Arms = Annotated[str | None, typer.Option(help="Arms to run, as in native,random
 Instruction = Annotated[str, typer.Option(help="Words before every prompt: the arm `instruction`. End with a space.")]
 AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="Run on prompts that were seen; marked in-sample.")]
 RandomVectors = Annotated[int, typer.Option(min=1, help="Vectors in the random arm.")]
+_COMMAND = ContextVar("command", default="")
+"""The command line that runs, for its report."""
 INTERRUPTED = 130
 """Exit code, as of a program that ^C ends."""
 
 
 @app.command()
-def demo(
-    context: typer.Context,
-    out: Out = Path("contrans-demo"),
-    models: Annotated[Path | None, typer.Option(hidden=True)] = None,
-) -> None:
+def demo(out: Out = Path("contrans-demo"), models: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
     """Six emotions and honesty from a small aligned model into two larger ones, with all controls. Offline, about a minute."""
     import os
 
@@ -48,12 +47,11 @@ def demo(
     _quiet()
     from contrans_tl.demo import run_demo
 
-    _finish(lambda: run_demo(models), out, context)
+    _finish(lambda: run_demo(models), out)
 
 
 @app.command()
 def run(
-    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Hub id or folder of the aligned source.")],
     target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")],
     pairs: Annotated[list[Path], typer.Option("--pairs", help="Contrast pairs with select and test questions; repeatable.")],
@@ -117,13 +115,11 @@ def run(
             seed=seed,
         ),
         out,
-        context,
     )
 
 
 @app.command()
 def evaluate(
-    context: typer.Context,
     target: Annotated[str, typer.Argument(help="Hub id or folder of the target.")],
     concept: Annotated[Path, typer.Argument(help="What `refine` wrote, from the source.")],
     maps: Annotated[Path, typer.Argument(help="What `fit` wrote.")],
@@ -184,7 +180,6 @@ def evaluate(
             seed=seed,
         ),
         out,
-        context,
     )
 
 
@@ -289,7 +284,7 @@ def refine(
     from contrans_tl import refine as refine_concept
 
     contrast = ContrastPairs.load(pairs)
-    concept = refine_concept(_load(model, device, dtype), contrast, method=method)  # type: ignore[arg-type]
+    concept = refine_concept(_load(model, device, dtype), contrast, method=method)
     typer.echo(f"{concept}\n{concept.save(out)}")
 
 
@@ -334,7 +329,7 @@ def reformulate(
     except ValueError:
         raise ValueError(f"expected --layers source:target, as in 9:18; got {layers!r}.") from None
     vector, fitted = ConceptVector.load(concept), LayerMaps.load(maps)
-    moved = carry(vector, fitted, layers={s: t}, weighting=weighting)  # type: ignore[arg-type]
+    moved = carry(vector, fitted, layers={s: t}, weighting=weighting)
     typer.echo(f"{moved}\n{fitted.verdict(vector, s)}\n{moved.save(out)}")
 
 
@@ -379,7 +374,7 @@ def generate(
         typer.echo(target.generate(prompt, max_new_tokens=tokens, do_sample=False, verbose=False))
 
 
-def _finish(work: Callable[[], Any], out: Path, context: typer.Context) -> None:
+def _finish(work: Callable[[], Any], out: Path) -> None:
     """Do the work and leave its report, with the command line in it; also, saying so, if it is interrupted."""
     from dataclasses import replace
 
@@ -392,7 +387,7 @@ def _finish(work: Callable[[], Any], out: Path, context: typer.Context) -> None:
         experiment = work()
     except Interrupted as stop:
         experiment, interrupted = stop.report, True
-    experiment = replace(experiment, about={"command": context.obj} | experiment.about)
+    experiment = replace(experiment, about={"command": _COMMAND.get()} | experiment.about)
     save_experiment(experiment, out)
     console = _console()
     for table in tables(experiment):
@@ -405,7 +400,7 @@ def _finish(work: Callable[[], Any], out: Path, context: typer.Context) -> None:
     console.print(f"{out / 'report.html'}  ({experiment.about['seconds']} s)", highlight=False, markup=False)
     if interrupted:
         print("contrans: interrupted; the report is partial, and says so.", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED)
+        raise SystemExit(INTERRUPTED)
 
 
 def _console() -> Any:
@@ -424,7 +419,10 @@ def _check_questions(concepts: Sequence[Any]) -> None:
 
 def _search(strengths: str | None, unit: str, budget: float | None, kl_budget: float | None, max_depth: float) -> Any:
     from contrans_tl.evaluation import Search
+    from contrans_tl.evaluation.selection import STRENGTHS
 
+    if unit not in STRENGTHS:
+        raise ValueError(f"expected --unit among {', '.join(STRENGTHS)}; got {unit!r}.")
     if budget is not None and kl_budget is not None:
         raise ValueError("expected --budget, of loss, or --kl-budget; got both.")
     try:
@@ -434,7 +432,7 @@ def _search(strengths: str | None, unit: str, budget: float | None, kl_budget: f
     spent: dict[str, Any] = {} if budget is None else {"budget": budget}
     if kl_budget is not None:
         spent = {"budget": kl_budget, "budget_on": "kl"}
-    return Search(strengths=tried, unit=unit, max_depth=max_depth, **spent)  # type: ignore[arg-type]  # it checks the unit
+    return Search(strengths=tried, unit=unit, max_depth=max_depth, **spent)
 
 
 def _arms(arms: str | None, made: set[str]) -> list[str] | None:
@@ -481,20 +479,25 @@ def _quiet() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on stderr for input that cannot work, or 130 if it was interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _COMMAND.set(shlex.join(["contrans", *arguments]))
     try:
-        stopped = app(arguments, standalone_mode=False, obj=shlex.join(["contrans", *arguments]))
+        stopped = app(arguments, standalone_mode=False)
+    except SystemExit as stop:  # of `_finish`, which has said why
+        return int(stop.code or 0)
     except (ValueError, OSError, ImportError) as error:
         print(f"contrans: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, typer.Abort):  # click makes the one of the other
-        print("contrans: interrupted before anything was measured.", file=sys.stderr)
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        stopped = INTERRUPTED
     except Exception as error:  # click's own usage errors
         if not hasattr(error, "format_message"):
             raise
         print(f"contrans: {error.format_message()}", file=sys.stderr)
         return 2
-    return stopped if isinstance(stopped, int) else 0  # a command that exits makes click return its code
+    if stopped == INTERRUPTED:  # what typer makes of ^C
+        print("contrans: interrupted; no report was written.", file=sys.stderr)
+        return INTERRUPTED
+    return stopped if isinstance(stopped, int) else 0
 
 
 if __name__ == "__main__":

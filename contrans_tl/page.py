@@ -435,8 +435,8 @@ def _samples(report: TransferReport) -> list[str]:
 def _made(experiment: "Experiment") -> list[str]:
     about = experiment.about
     models = [
-        f"<tr>{_left(role)}{_left(m['name'])}{_td(m['n_layers'])}{_td(m['d_model'])}{_left(m.get('revision') or '')}"
-        f"{_left(m['fingerprint'])}{_left(m['basis'])}"
+        f"<tr>{_left(role)}{_left(m['name'])}{_left(str(m['n_layers']))}{_left(str(m['d_model']))}"
+        f"{_left(m.get('revision') or '')}{_left(m['fingerprint'])}{_left(m['basis'])}"
         for role, m in about["models"].items()
     ]
     said = {
@@ -447,14 +447,13 @@ def _made(experiment: "Experiment") -> list[str]:
         "Seconds": f'<span id="seconds">{about["seconds"]}</span>',
     }
     items = "".join(f"<dt>{term}<dd>{meaning}" for term, meaning in said.items())
+    heads = ("role", "model", "layers", "width", "revision", "weights", "basis")
     failures = "".join(f"<li>{escape(what)}: {escape(why)}" for what, why in (about.get("failures") or {}).items())
     return [
         "<h2>How it was made</h2>",
         f"<h4>What failed as a whole</h4><ul>{failures}</ul>" if failures else "",
         f"<dl>{items}</dl>",
-        _table(
-            ("role", "model", "layers", "width", "revision", "weights", "basis"), models, "Models, with hashes of their weights"
-        ),
+        _table(heads, models, "Models, with hashes of their weights.", left=len(heads)),
         "<p><small>All numbers, prompt by prompt, are in report.json beside this page; <code>contrans compare</code> lays two "
         "of them side by side.</small>",
     ]

@@ -162,11 +162,11 @@ def _rows_of_arms(reports: Mapping[str, TransferReport], leave_out: Sequence[str
         if nulls:
             axis.axhspan(len(arms) - nulls - 0.5, len(arms) - 0.5, color="#f1eee9", zorder=0)
     axes[0].set_yticks(range(len(arms)), [written(arm.replace("_", " "), 24) for arm in arms], fontsize=8)
-    axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    axes[0].set_ylim(max(len(arms), 1) - 0.5, -0.5)
     return figure, axes, arms
 
 
-def _interval(axis: "Axes", row: float, estimate: Estimate, colour: str, marker: str, *, hollow: bool = False) -> None:
+def _interval(axis: "Axes", row: int, estimate: Estimate, colour: str, marker: str, *, hollow: bool = False) -> None:
     axis.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=1.5, solid_capstyle="butt")
     inside = "white" if hollow else colour
     axis.plot(estimate.value, row, marker=marker, color=colour, markersize=6, markerfacecolor=inside, linestyle="none")
