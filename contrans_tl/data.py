@@ -49,6 +49,8 @@ class Question:
         for name, index in (("answer", self.answer), *(("correct", index) for index in self.correct)):
             if type(index) is not int or not 0 <= index < n:
                 raise ValueError(f"expected {name} {of} to be an index from 0 to {n - 1}; got {index!r}.")
+        if len(set(self.correct)) == n:
+            raise ValueError(f"expected at least one wrong option {of}; all {n} are correct.")
         if self.correct and (self.answer not in self.correct or len(set(self.correct)) < len(self.correct)):
             raise ValueError(
                 f"expected the correct options {of} to be different and to hold its answer {self.answer}; got {self.correct}."

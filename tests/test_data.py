@@ -89,6 +89,7 @@ BAD_QUESTIONS = {
     "an answer beyond": ((" a", " b"), 2, (), "answer .* from 0 to 1; got 2"),
     "an answer from the end": ((" a", " b"), -1, (), "answer .* from 0 to 1; got -1"),
     "an answer of yes": ((" a", " b"), True, (), "answer .* got True"),
+    "nothing wrong": ((" a", " b"), 0, (0, 1), "at least one wrong option"),
     "correct beyond": ((" a", " b"), 0, (0, 2), "correct .* from 0 to 1; got 2"),
     "correct without the answer": ((" a", " b", " c"), 0, (1, 2), r"hold its answer 0; got \(1, 2\)"),
     "correct twice": ((" a", " b", " c"), 0, (0, 0), r"to be different .*got \(0, 0\)"),

@@ -241,6 +241,14 @@ def test_a_concept_or_a_source_of_another_model_is_refused_before_anything_runs(
         evaluate(bridges["qwen2"], pairs, concept, maps, **QUICK)
 
 
+def test_an_instruction_that_does_not_fit_the_context_costs_its_own_arm_only(untrained):
+    inputs, _ = untrained
+    rivals = replace(QUICK["rivals"], instruction="happy " * inputs[0].cfg.n_ctx)
+    report = evaluate(*inputs, **(QUICK | {"rivals": rivals}), arms=["random", "instruction"])
+    assert set(report.arms) == {"base", "transplanted", "random"}
+    assert "does not fit the context" in report.failures["instruction"] and "Failed: instruction" in report.verdict
+
+
 def test_a_verdict_without_null_controls_is_undecided(untrained):
     inputs, _ = untrained
     # The question is turned round, so that the base is beaten: the options trade places.

@@ -22,7 +22,7 @@ from contrans_tl.report import read_report
 
 DATA = demo_data()
 ARMS = {
-    "base", "transplanted", "uniform", "paper", "native", "shuffled_map", "random", "random_source", "other_concept",
+    "base", "transplanted", "zero", "uniform", "paper", "native", "shuffled_map", "random", "random_source", "other_concept",
     "sign_flipped", "neutral_corpus", "random_weighting",
 }  # fmt: skip
 

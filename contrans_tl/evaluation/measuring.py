@@ -36,11 +36,15 @@ class Measurements:
     failures: dict[str, str] = field(default_factory=dict)
 
     def measure(self, name: str, arm: Arm) -> None:
-        """One arm; a scorer that fails is noted, and costs that arm only."""
+        """One arm; what fails is noted, and costs that arm only."""
         try:
             marks = [measured(self.task, subject, "test") for subject in arm.subjects]
             own = [measured(self.task, subject, "own") for subject in arm.subjects] if self.task.prompts("own") else []
-        except ScoringFailed as error:
+        except ValueError as error:
+            # What the base cannot be asked nobody can. Of another arm - an instruction that does not fit the context, a scorer
+            # that fails - it is told beside its name: the arms measured before are not lost.
+            if name == "base" and not isinstance(error, ScoringFailed):
+                raise
             self.failures[name] = str(error)
             return
         if arm.reference is not None:
