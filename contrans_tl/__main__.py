@@ -282,7 +282,7 @@ def refine(
     from contrans_tl import refine as refine_concept
 
     contrast = ContrastPairs.load(pairs)
-    concept = refine_concept(_load(model, device, dtype), contrast, method=method)
+    concept = refine_concept(_load(model, device, dtype), contrast, method=method)  # type: ignore[arg-type]
     typer.echo(f"{concept}\n{concept.save(out)}")
 
 
@@ -327,7 +327,7 @@ def reformulate(
     except ValueError:
         raise ValueError(f"expected --layers source:target, as in 9:18; got {layers!r}.") from None
     vector, fitted = ConceptVector.load(concept), LayerMaps.load(maps)
-    moved = carry(vector, fitted, layers={s: t}, weighting=weighting)
+    moved = carry(vector, fitted, layers={s: t}, weighting=weighting)  # type: ignore[arg-type]
     typer.echo(f"{moved}\n{fitted.verdict(vector, s)}\n{moved.save(out)}")
 
 
