@@ -221,6 +221,7 @@ def recipe(
         ),
     ] = None,
     pairs: Annotated[list[Path] | None, typer.Option("--pairs", help="Contrast pairs with select and test questions.")] = None,
+    concept: Annotated[list[str] | None, typer.Option("--concept", help="Only this one of the files'; repeatable.")] = None,
     scenarios: Annotated[Path | None, typer.Option(help="Folder with RepE's files of the six emotions.")] = None,
     truthfulqa: Annotated[Path | None, typer.Option(help="TruthfulQA's JSON or CSV.")] = None,
     facts: Annotated[Path | None, typer.Option(help="statement,label to refine honesty on; with --truthfulqa.")] = None,
@@ -247,6 +248,7 @@ def recipe(
     job = job_of(
         name,
         models or (),
+        only=concept or (),
         pairs=pairs or (),
         scenarios=scenarios,
         truthfulqa=truthfulqa,

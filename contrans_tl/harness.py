@@ -51,7 +51,11 @@ def harness_model(model: HookedModel, *, batch_size: int = 16, prepend_bos: bool
     check_ready(model)
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer; load it with one.")
-    return type("HookedModelLM", (_Requests, TemplateLM), {})(model, batch_size, prepends_bos(model, prepend_bos))
+
+    class HookedModelLM(_Requests, TemplateLM):
+        """Made here, as what it derives from is an extra."""
+
+    return HookedModelLM(model, batch_size, prepends_bos(model, prepend_bos))
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,17 @@ def test_any_arms_can_be_asked_for_and_those_that_cannot_be_made_are_named(untra
     assert costs["aligned"] == pytest.approx((lost[0] - lost[1]) / tokens, rel=1e-4)
 
 
+def test_a_concept_or_a_source_of_another_model_is_refused_before_anything_runs(untrained, bridges):
+    (target, pairs, concept, maps), _ = untrained
+    elsewhere = refine(bridges["qwen2"], PAIRS)
+    with pytest.raises(ValueError, match="expected a concept of llama"):
+        evaluate(target, pairs, elsewhere, maps, **QUICK)
+    with pytest.raises(ValueError, match="expected a source of llama"):
+        evaluate(target, pairs, concept, maps, **(QUICK | {"rivals": Rivals(source=bridges["qwen2"])}))
+    with pytest.raises(ValueError, match="these maps lead into gpt2"):
+        evaluate(bridges["qwen2"], pairs, concept, maps, **QUICK)
+
+
 def test_a_verdict_without_null_controls_is_undecided(untrained):
     inputs, _ = untrained
     # The question is turned round, so that the base is beaten: the options trade places.

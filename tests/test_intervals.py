@@ -168,3 +168,16 @@ def test_the_frontier_holds_every_setting_that_no_other_beats_and_no_more(wanted
     kept = frontier([*points, {"screened": 9.0, "kl": 0.0}], wanted=wanted)
     best = {(p["effect"], p["kl"]) for p in points if not any(beaten(p, q) for q in points)}
     assert [(p["effect"], p["kl"]) for p in kept] == sorted(best, key=lambda point: point[1])
+
+
+def test_every_vector_of_an_arm_has_to_pass_the_sign_test_not_only_the_one_with_the_lowest_resamples():
+    moved = np.ones(200)
+    ahead_everywhere_by_little = moved.copy()
+    ahead_everywhere_by_little[:40] = 0.0  # 40 prompts apart: enough for the resamples alone
+    alike_but_for_five = moved.copy()
+    alike_but_for_five[:5] = -9.0  # five prompts apart, by much: resamples exclude 0, a coin would do it in 1 of 32
+    alone = difference(moved, alike_but_for_five[None])
+    assert alone.low == 0
+    both = difference(moved, np.stack([ahead_everywhere_by_little, alike_but_for_five]))
+    assert both.low == 0
+    assert difference(moved, ahead_everywhere_by_little[None]).low > 0

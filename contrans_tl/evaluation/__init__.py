@@ -12,12 +12,15 @@
 | `selection` | layers and strength, on the select split, under a budget |
 | `costs` | what it does to neutral text |
 | `intervals`, `steerability` | the numbers |
-| `transfer` | `evaluate`, and its report |
+| `measuring` | every arm on the test split |
+| `protocol` | `evaluate`, step by step |
+| `transfer` | its report, and the verdict |
 """
 
 from contrans_tl.evaluation.arms import ARMS, NULLS, Rivals, carried, random_like
 from contrans_tl.evaluation.costs import side_effects, strength_for_kl
 from contrans_tl.evaluation.intervals import Estimate, clopper_pearson, difference, estimate, transfer_rate
+from contrans_tl.evaluation.protocol import evaluate, leaks_of
 from contrans_tl.evaluation.questions import (
     Answers,
     ReadQuestion,
@@ -40,7 +43,7 @@ from contrans_tl.evaluation.tasks import (
     task_of,
     write,
 )
-from contrans_tl.evaluation.transfer import Interrupted, TransferReport, evaluate, leaks_of
+from contrans_tl.evaluation.transfer import Interrupted, TransferReport
 
 __all__ = [
     "ARMS",

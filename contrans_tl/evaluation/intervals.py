@@ -68,15 +68,21 @@ def difference(
     """
     sums, sizes = _by_group(values[None] - rival, None, groups)
     means = _resampled_each(sums, sizes, seed)
-    low, high = np.percentile(means, [100 * _TAIL, 100 * (1 - _TAIL)], axis=1)
-    nearest = int(low.argmin())
-    signs = np.sign(sums[nearest])
-    apart, ahead = int(np.abs(signs).sum()), int((signs > 0).sum())
-    below, above = float(low[nearest]), float(high[nearest])
-    if apart < FEW_DISCORDANT:
-        below = below if _binomial_tail(apart - ahead, apart, 0.5) <= _TAIL else min(below, 0.0)
-        above = above if _binomial_tail(ahead, apart, 0.5) <= _TAIL else max(above, 0.0)
-    return Estimate(float(sums[nearest].sum() / sizes.sum()), below, above, values.shape[0])
+    bounds = np.percentile(means, [100 * _TAIL, 100 * (1 - _TAIL)], axis=1).T
+    intervals = [_by_sign_test(row, low, high) for row, (low, high) in zip(sums, bounds, strict=True)]
+    nearest = min(range(len(intervals)), key=lambda vector: intervals[vector])
+    return Estimate(float(sums[nearest].sum() / sizes.sum()), *intervals[nearest], values.shape[0])
+
+
+def _by_sign_test(sums: Float[np.ndarray, " group"], low: float, high: float) -> tuple[float, float]:
+    """The interval of a difference, widened to 0 where few groups differ and the sign test does not exclude 0."""
+    ahead, behind = int((sums > 0).sum()), int((sums < 0).sum())
+    apart = ahead + behind
+    if apart >= FEW_DISCORDANT:
+        return float(low), float(high)
+    below = low if _binomial_tail(behind, apart, 0.5) <= _TAIL else min(low, 0.0)
+    above = high if _binomial_tail(ahead, apart, 0.5) <= _TAIL else max(high, 0.0)
+    return float(below), float(above)
 
 
 def transfer_rate(

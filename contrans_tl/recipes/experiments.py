@@ -26,9 +26,10 @@ def emotions(
     *,
     strengths: Sequence[float] = (1.0, 2.0, 5.0),
 ) -> RecipeResult:
-    """Fig. 2: token and logit accuracy of each emotion on prompts of the other emotions, at each strength, with the controls of
-    that strength. No budget: the strength is given, and the cost is in the table."""
-    free, model = replace(setup, search=replace(setup.search, budget=np.inf)), setup.open(source)
+    """Fig. 2: token and logit accuracy of each emotion on prompts of the other emotions, at each strength, whatever it costs,
+    with the controls of that strength. With `depth=None` the layers are chosen for each strength."""
+    # One setting: nothing is left to choose within the budget.
+    free, model = replace(setup, search=replace(setup.search, keep=1)), setup.open(source)
     rows, reports = [], {}
     for name, target in setup.opened(targets):
         for strength in strengths:
@@ -41,7 +42,8 @@ def emotions(
                 }
                 rows.append(transfer_row({"target": name, "emotion": concept}, report, more=logits))
                 reports[f"{concept} into {name} at {strength:g}"] = report
-    return RecipeResult("emotions", "ConTrans, Fig. 2", tuple(rows), (free.note,), reports)
+    notes = (setup.note, "Each strength as given: no budget.")
+    return RecipeResult("emotions", "ConTrans, Fig. 2", tuple(rows), notes, reports)
 
 
 def truthfulness(

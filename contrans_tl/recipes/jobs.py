@@ -1,7 +1,9 @@
-"""Jobs: a recipe by name, on the embedded models or a user's own, read and checked before any model is loaded.
+"""Jobs: a recipe by name, with all that it runs on.
 
-RECIPES["emotions"](embedded("emotions"))                      what `contrans recipe emotions` does
-replace(embedded("sizes"), sources=names, targets=names)       the same concepts in models of one's own
+    RECIPES["emotions"](embedded("emotions"))                          what `contrans recipe emotions` does
+    RECIPES["sizes"](job_of("sizes", ["gpt2", "gpt2-medium"]))         the same concepts in models of one's own
+
+A job is read and checked before any model is loaded.
 """
 
 from collections import Counter
@@ -79,6 +81,8 @@ class Job:
         if metric and set(metrics.values()) != {metric}:
             raise ValueError(f"{recipe}: expected questions with the metric {metric}; got {metrics}.")
         others = [name for name in (self.aligned, *(self.proxy or ())) if name is not None]
+        for side in (self.sources, self.targets):
+            named(side)
         for name in (*self.sources, *self.targets, *others):
             check_model_name(split_revision(name)[0])
         corpora = {"the fit corpus": self.setup.sentences, "the neutral text": self.setup.neutral}
@@ -114,6 +118,7 @@ def job_of(
     recipe: str,
     models: Sequence[str] = (),
     *,
+    only: Sequence[str] = (),
     sentences: Path | None = None,
     neutral: Path | None = None,
     aligned: str | None = None,
@@ -131,6 +136,7 @@ def job_of(
     asked for here. Concepts and corpora remain the embedded world's where no files are given.
 
     Args:
+        only: concepts to keep of those that the files hold, or all.
         files: of `read_materials`.
 
     Raises:
@@ -164,6 +170,10 @@ def job_of(
             transductive=materials.transductive,
             instruction=instruction,
         )
+    if missing := sorted(set(only) - {pairs.name for pairs in job.concepts}):
+        raise ValueError(f"expected concepts among {', '.join(p.name for p in job.concepts)}; got {', '.join(missing)}.")
+    if only:
+        job = replace(job, concepts=tuple(pairs for pairs in job.concepts if pairs.name in only))
     job = replace(job, setup=setup, aligned=aligned or job.aligned, proxy=proxy or job.proxy)
     job.check(recipe)
     return job
@@ -201,15 +211,17 @@ def embedded(recipe: str) -> Job:
     def smaller(pairs: ContrastPairs, select: int, test: int) -> ContrastPairs:
         return replace(pairs, select=pairs.select[:select], test=pairs.test[:test], own=())
 
-    setup = Setup(read_sentences(data / "generic.txt"), neutral, arms=("native", "shuffled_map", "random"))
-    setup = replace(setup, search=Search(keep=1))
+    generic = read_sentences(data / "generic.txt")
+    setup = Setup(generic[:400], neutral, arms=("native", "shuffled_map", "random"), search=Search(keep=1))
+    # Honesty acts in low layers, so all are looked at, and needs all of the corpus. What is carried into shallow models goes to
+    # the middle: three quarters of three blocks is the last one, where a vector adds to a word's logit without any concept.
+    everywhere, amid = replace(setup, sentences=generic, depth=None), replace(setup, depth=0.5)
     anger, [honesty], [kindness] = concepts("anger"), concepts("honesty"), concepts("kindness")
     honesty, hostility = smaller(honesty, 32, 60), Continuations.load(data / "tasks/hostility.json", max_new_tokens=8)
     hostility = replace(hostility, select=_of_a_length(hostility.select, 12), test=_of_a_length(hostility.test, 30))
     asked = [question.prompt for question in (*honesty.select, *honesty.test)]
     transductive = on_the_questions(honesty, asked, *WORLD_PERSONAS)
     job = Job(models("source"), models("target-llama"), anger, setup)
-    everywhere = replace(setup, depth=None)
     aligned = {"aligned": models("target-llama-honest")[0], "proxy": models("source", "source-base")}
     changes: dict[str, dict[str, Any]] = {
         "emotions": {"concepts": concepts("anger", "fear")},
@@ -235,8 +247,15 @@ def embedded(recipe: str) -> Job:
             "tasks": {"kindness": hostility},
             "setup": everywhere,
         },
-        "checkpoints": {"targets": models("small-step0", "small-step300", "small-step450", "small-step600", "small")},
-        "sizes": {"sources": models("tiny", "small", "source"), "targets": models("tiny", "small", "target-llama")},
+        "checkpoints": {
+            "targets": models("small-step0", "small-step300", "small-step450", "small-step600", "small"),
+            "setup": amid,
+        },
+        "sizes": {
+            "sources": models("tiny", "small", "source"),
+            "targets": models("tiny", "small", "target-llama"),
+            "setup": amid,
+        },
         "token_shifts": {"concepts": (*anger, honesty)},
     }
     return replace(job, **changes.get(recipe, {}))
