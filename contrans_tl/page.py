@@ -42,7 +42,7 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: #444; padding-bottom: .2rem; }
 th, td { padding: .2rem .55rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; vertical-align: middle; }
-th { border-bottom: 1px solid #111; font-weight: 600; vertical-align: bottom; }
+th { border-bottom: 1px solid #111; font-weight: 600; vertical-align: bottom; white-space: normal; }
 .text { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 4.5rem; max-width: 34rem; }
 td .low { display: block; font-size: 11px; line-height: 1.2; }
 tr.moved td { background: #eaf3fa; font-weight: 600; } tr.null td { background: #f5f2ed; }
@@ -106,7 +106,7 @@ def _verdicts(reports: Sequence[tuple[str, TransferReport]]) -> list[str]:
         return ["<h2>Verdict</h2><p>Nothing was measured.</p>"]
     arrived = sum(report.transferred for _, report in reports)
     heads = ["concept", "target", "verdict", "metric", "base", "transplanted", "native", "transfer rate"]
-    heads += ["gain over nearest null", "cost (KL)", "layers × strength"]
+    heads += ["gain over nearest null", "cost (KL)", "layers, strength"]
     rows = []
     for target, report in reports:
         nearest = min(
@@ -125,7 +125,7 @@ def _verdicts(reports: Sequence[tuple[str, TransferReport]]) -> list[str]:
                 else f"{_cell(report.differences[nearest], signed=True)}<small>{escape(_words(nearest))}</small>"
             ),
             _td(_cell(_of(report, "transplanted", "kl"))),
-            _td(f"{report.layer_source} → {report.layer_target} × {report.strength:.3g}"),
+            _td(f"{report.layer_source} → {report.layer_target}, × {report.strength:.3g}"),
         ]
         rows.append(f"<tr>{''.join(cells)}")
     said = [f"<li>{escape(report.verdict)}" for _, report in reports]
@@ -222,7 +222,7 @@ def _concept(report: TransferReport) -> list[str]:
     if report.partial:
         notes.append(f"<strong>Partial:</strong> interrupted before {escape(_listed(report.missing))}.")
     if report.in_sample:
-        notes.append(f"<strong>In-sample:</strong> {_count(_leaked(report), 'prompt')} had been seen; they are listed below.")
+        notes.append(f"<strong>In-sample:</strong> {_count(_leaked(report), 'prompt')} had been seen, listed below.")
     parts = [
         f"<h3>{escape(_name(report))} {_badge(report)}</h3>",
         *(f'<p class="banner" role="note">{note}</p>' for note in notes),

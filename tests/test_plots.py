@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_quality import concept, draw, fitted, planted
+from test_report import RATES, transfer
 
 from contrans_tl import plots
-from contrans_tl.evaluation import Estimate
+from contrans_tl.evaluation import ARMS as EVERY_ARM
+from contrans_tl.evaluation import NULLS, Estimate, frontier
 from contrans_tl.learning import LearningCurve, learning_curve
 from contrans_tl.quality import MapQuality, assess
 from contrans_tl.reformulation import LayerMaps
@@ -132,3 +135,112 @@ def test_a_large_grid_is_drawn_without_numbers() -> None:
     maps = LayerMaps.fit(x[:, None].expand(-1, 20, -1), y[:, None].expand(-1, 30, -1))
     figure = drawn(plots.grid_figure(maps))
     assert not figure.axes[0].texts and figure.get_figwidth() < 16
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def overlapping(figure: Any) -> list[str]:
+    """Labels, titles and legend entries that lie on one another."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    parts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axis in figure.axes:
+        parts += [axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
+        for side in (axis.xaxis, axis.yaxis):
+            low, high = sorted(side.get_view_interval())  # ticks beyond it exist, and are not drawn
+            parts += [
+                tick.label1 for tick in side.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_visible()
+            ]
+    shown = [(text, text.get_window_extent(renderer)) for text in parts if text is not None and text.get_text().strip()]
+    drawn_in = figure.bbox
+    outside = [text.get_text() for text, box in shown if box.x0 < -1 or box.x1 > drawn_in.x1 + 1 or box.y1 > drawn_in.y1 + 1]
+    pairs = [
+        (a, b) for i, a in enumerate(shown) for b in shown[i + 1 :] if a[1].shrunk(0.96, 0.9).overlaps(b[1].shrunk(0.96, 0.9))
+    ]
+    return outside + [f"{a[0].get_text()!r} on {b[0].get_text()!r}" for a, b in pairs]
+
+
+def everything() -> dict[str, Any]:
+    """Seven concepts, 17 arms each."""
+    rates = {arm: RATES.get(arm, 0.4) for arm in EVERY_ARM}
+    names = ("happiness", "sadness", "anger", "fear", "disgust", "surprise", "a concept whose name is long and costs $5_000$")
+    return {name: transfer(name, rates, target="a target of some name") for name in names}
+
+
+@pytest.mark.parametrize("figure_of", [plots.arms_figure, plots.differences_figure])
+def test_seventeen_arms_of_seven_concepts_are_drawn_without_overlap(figure_of: Any) -> None:
+    reports = everything()
+    figure = drawn(figure_of(reports))
+    assert len(EVERY_ARM) == 17 and len(figure.axes) == 7
+    assert not overlapping(figure)
+    assert all("share" in axis.get_xlabel() for axis in figure.axes), "the unit"
+    assert "95% intervals" in texts(figure) and "a target of some name" in texts(figure)
+
+
+def test_the_arms_figure_shows_every_arm_with_its_interval_and_shades_the_nulls() -> None:
+    report = transfer()
+    [axis] = drawn(plots.arms_figure({"anger": report})).axes
+    for arm, values in report.arms.items():
+        one = values["token_accuracy"]
+        assert {round(x, 6) for x in (one.value, one.low, one.high)} <= points(axis), arm
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels[:3] == ["base", "transplanted", "native"] and labels[-len(NULLS) :] == [
+        arm.replace("_", " ") for arm in NULLS
+    ]
+    [shade] = axis.patches
+    assert shade.get_height() == pytest.approx(len(NULLS)) and shade.get_y() == pytest.approx(len(labels) - len(NULLS) - 0.5)
+    assert axis.get_ylim()[0] > axis.get_ylim()[1], "base on top"
+    markers = {arm: line.get_marker() for arm, line in zip(labels, axis.lines[2::2], strict=True)}
+    assert len({markers[arm] for arm in ("base", "transplanted", "native", "uniform", "paper", "random")}) == 6
+
+
+def test_what_is_not_told_apart_is_drawn_hollow() -> None:
+    report = transfer(rates=RATES | {"uniform": 0.8})
+    [axis] = drawn(plots.differences_figure({"anger": report})).axes
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    hollow = {labels[int(line.get_ydata()[0])] for line in axis.lines if line.get_markerfacecolor() == "white"}
+    assert "uniform" in hollow and "base" not in hollow and "transplanted" not in labels
+    assert {round(report.differences["base"].low, 6), round(report.differences["base"].high, 6)} <= points(axis)
+
+
+@pytest.mark.parametrize("budget_on", ["loss", "kl"])
+def test_the_sweep_figure_shows_every_setting_the_frontier_the_budget_and_what_was_chosen(budget_on: str) -> None:
+    report = transfer()
+    report.search["budget_on"] = budget_on
+    figure = drawn(plots.sweep_figure(report))
+    assert not overlapping(figure)
+    settings = [point for point in report.sweep if "effect" in point]
+    for axis, cost in zip(figure.axes, ("setting", "loss_increase", "kl"), strict=True):
+        lines = {line.get_label(): line for line in axis.lines}
+        xs = {(round(x, 6), round(y, 6)) for k in ("$L$2 → $L$3", "$L$2 → $L$4") for x, y in lines[k].get_xydata().tolist()}
+        assert xs == {(point[cost], point["effect"]) for point in settings}
+        assert lines["chosen"].get_xydata().tolist() == [[next(p[cost] for p in settings if p["effect"] == 0.8), 0.8]]
+        if cost != "setting":
+            best = [[point[cost], point["effect"]] for point in frontier(settings, cost=cost)]
+            assert lines["frontier"].get_xydata().tolist() == best and len(best) == 2
+            assert "nats/token" in axis.get_xlabel()
+    spent = figure.axes[1 if budget_on == "loss" else 2]
+    assert [line.get_xdata()[0] for line in spent.lines if line.get_label() == "budget"] == [0.1]
+    assert "share" in figure.axes[0].get_ylabel() and "select split" in texts(figure)
+
+
+def test_the_steerability_figure_shows_curves_slopes_and_shares() -> None:
+    report = transfer()
+    figure = drawn(plots.steerability_figure(report))
+    assert not overlapping(figure)
+    curves, shares = figure.axes
+    one = report.steerability["transplanted"]
+    assert curves.lines[0].get_ydata().tolist() == pytest.approx(list(one.propensity)) and "nats" in curves.get_ylabel()
+    assert f"slope {one.slope.value:.2g}" in curves.get_legend().get_texts()[0].get_text()
+    for estimate in (one.anti_steerable, one.spearman):
+        assert {round(x, 6) for x in (estimate.value, estimate.low, estimate.high)} <= points(shares)
+    with pytest.raises(ValueError, match="steerability was not measured"):
+        plots.steerability_figure(transfer(steerability={}))
+
+
+def test_a_figure_of_few_arms_or_of_an_empty_sweep_is_still_drawn() -> None:
+    drawn(plots.arms_figure({"anger": transfer(rates={"base": 0.1})}))
+    drawn(plots.differences_figure({"anger": transfer(rates={"transplanted": 0.1})}))
+    drawn(plots.sweep_figure(transfer(sweep=())))
