@@ -217,7 +217,7 @@ def embedded(recipe: str) -> Job:
     # the middle: three quarters of three blocks is the last one, where a vector adds to a word's logit without any concept.
     everywhere, amid = replace(setup, sentences=generic, depth=None), replace(setup, depth=0.5)
     anger, [honesty], [kindness] = concepts("anger"), concepts("honesty"), concepts("kindness")
-    honesty, hostility = smaller(honesty, 32, 60), Continuations.load(data / "tasks/hostility.json", max_new_tokens=8)
+    honesty, hostility = smaller(honesty, 32, 100), Continuations.load(data / "tasks/hostility.json", max_new_tokens=8)
     hostility = replace(hostility, select=_of_a_length(hostility.select, 12), test=_of_a_length(hostility.test, 30))
     asked = [question.prompt for question in (*honesty.select, *honesty.test)]
     transductive = on_the_questions(honesty, asked, *WORLD_PERSONAS)
