@@ -36,6 +36,7 @@ from contrans_tl.evaluation import (
     leaks_of,
     task_of,
 )
+from contrans_tl.leakage import Leak
 from contrans_tl.models import HookedModel, ModelId, identify
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
@@ -81,16 +82,18 @@ def check_inputs(
     *,
     tasks: Mapping[str, Task] | None = None,
     allow_overlap: bool = False,
-) -> None:
-    """ValueError for two concepts of one name, and for prompts that are not held out (`check_leaks`)."""
+) -> dict[str, tuple[Leak, ...]]:
+    """The leaks of each concept, none of them unless overlap is allowed.
+
+    ValueError for two concepts of one name, and for prompts that are not held out (`check_leaks`).
+    """
     names = [pairs.name for pairs in concepts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"expected concepts of different names, as reports and files are named by them; got {twice[0]!r} twice."
         )
-    for pairs in concepts:
-        task = (tasks or {}).get(pairs.name) or task_of(pairs)
-        leaks_of(task, pairs, corpora, allow_overlap=allow_overlap)
+    asked = {pairs.name: (tasks or {}).get(pairs.name) or task_of(pairs) for pairs in concepts}
+    return {pairs.name: leaks_of(asked[pairs.name], pairs, corpora, allow_overlap=allow_overlap) for pairs in concepts}
 
 
 def run_experiment(

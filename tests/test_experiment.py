@@ -42,7 +42,7 @@ def test_an_emotion_moves_into_another_family_and_no_null_does(experiment):
         for arm in ("shuffled_map", "random", "random_source", "other_concept", "sign_flipped", "neutral_corpus")
     )
     assert report.arms["transplanted"]["loss_increase"].value <= 0.5
-    assert report.transferred and "above the base and every null" in report.verdict
+    assert report.transferred and "apart from the base and every null control" in report.verdict
 
 
 def test_honesty_moves_into_the_target_that_can_be_steered_honest(experiment):

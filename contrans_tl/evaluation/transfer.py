@@ -119,7 +119,7 @@ class TransferReport:
     def _notes(self) -> str:
         notes = []
         if self.in_sample:
-            notes.append(f"In-sample: {len(self.leaks)} evaluation prompts had been seen.")
+            notes.append(f"In-sample: prompts had been seen before, {len(self.leaks)} in all.")
         if self.partial:
             notes.append(f"Partial: interrupted before {', '.join(self.missing)}.")
         if self.failures:
