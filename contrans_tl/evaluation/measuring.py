@@ -16,6 +16,8 @@ from contrans_tl.evaluation.tasks import Marks, ScoringFailed, Task, measured
 from contrans_tl.models import HookedModel
 from contrans_tl.refinement import ConceptVector
 
+COSTED = 5
+"""Vectors of an arm whose cost on neutral text is measured: it stands beside their effect, and no verdict rests on it."""
 SHOWN = 5
 """Prompts and continuations that a report holds word for word."""
 
@@ -48,7 +50,7 @@ class Measurements:
             self.failures[name] = str(error)
             return
         if arm.reference is not None:
-            forwards = [subject.forward for subject in arm.subjects]
+            forwards = [subject.forward for subject in arm.subjects[:COSTED]]
             self.costs[name] = side_effects(arm.reference, self.neutral, forwards, batch_size=self.batch_size)
         self.arms[name], self.marks[name] = arm, marks
         if own:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from contrans_tl.activations import hash_texts
 from contrans_tl.data import ContrastPairs
-from contrans_tl.evaluation.arms import ARMS, Rivals, arms_of, carried
+from contrans_tl.evaluation.arms import ARMS, NULLS, Rivals, arms_of, carried
 from contrans_tl.evaluation.measuring import SHOWN, Measurements
 from contrans_tl.evaluation.selection import Choice, Search, choose
 from contrans_tl.evaluation.steerability import Steerability
@@ -146,6 +146,7 @@ def evaluate(
             leaks=leaks,
             failures=dict(test.failures),
             missing=tuple(missing),
+            null_vectors=sum(len(marks) for name, marks in test.marks.items() if name in NULLS),
         )
 
     curves: dict[str, Steerability] = {}

@@ -1,7 +1,10 @@
 """Transfer: what an evaluation found, and what its controls allow to say.
 
 The concept arrived if the transplanted arm is apart from the base and from every vector of every null arm, each by its own
-paired 95% interval, in the direction that is wanted.
+paired 95% interval, in the direction that is wanted. With n null vectors, one that is no better than they are passes at most
+once in n + 1 times, whatever the data: of n + 1 vectors at most one is apart from all the others. That bound is for vectors of
+one setting; where layers and strengths were swept, the transplanted vector was the best of several on the select split, and
+the report holds the whole sweep. `data/studies/nulls.py` measures both.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -12,6 +15,9 @@ from contrans_tl.evaluation.intervals import Estimate
 from contrans_tl.evaluation.selection import Setting
 from contrans_tl.evaluation.steerability import Steerability
 from contrans_tl.leakage import Leak
+
+ENOUGH = 19
+"""Null vectors that let at most one in twenty through."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,6 +81,8 @@ class TransferReport:
     """Arm -> why it could not be measured."""
     missing: tuple[str, ...] = ()
     """Arms that were asked for and not reached, as the evaluation was interrupted."""
+    null_vectors: int = 0
+    """Vectors of all null arms together."""
 
     @property
     def in_sample(self) -> bool:
@@ -117,7 +125,11 @@ class TransferReport:
         return f"{', '.join(lost)} not measured" if lost else "no null control was run"
 
     def _notes(self) -> str:
-        notes = []
+        notes, n = [], self.null_vectors
+        if 0 < n < ENOUGH:
+            notes.append(
+                f"Null vectors: {n} only; one no better than they are is apart from all of them up to once in {n + 1}."
+            )
         if self.in_sample:
             notes.append(f"In-sample: prompts had been seen before, {len(self.leaks)} in all.")
         if self.partial:
