@@ -215,7 +215,12 @@ def test_interrupted_it_leaves_a_report_that_says_it_is_partial(small, capsys, m
         return marks
 
     monkeypatch.setattr(RestrictedChoice, "measure", interrupted)
-    assert main(run_quickly(small, "--out", str(small / "cut"))) == 130
+    # A shell starts what runs in the background with ^C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(run_quickly(small, "--out", str(small / "cut"))) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "partial" in capsys.readouterr().err
     content = read_report(small / "cut")
     anger = content["targets"]["target-gpt2"]["anger"]
