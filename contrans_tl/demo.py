@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contrans_tl.data import ContrastPairs, read_sentences
-from contrans_tl.evaluation import Rivals
 from contrans_tl.experiment import Experiment, run_experiment
 from contrans_tl.models import load_model
 
@@ -15,8 +14,6 @@ TARGETS = ("target-llama", "target-gpt2")
 UNRELATED = 600
 """Lines of neutral.txt that the neutral-corpus control is fitted on; losses are measured on others."""
 NEUTRAL = 60
-RANDOM = 12
-"""Random vectors. With three random source vectors and one of each other null arm that makes 19 null vectors."""
 
 
 def demo_data() -> Path:
@@ -43,6 +40,5 @@ def run_demo(
         read_sentences(data / "generic.txt"),
         neutral[UNRELATED : UNRELATED + NEUTRAL],
         unrelated=neutral[:UNRELATED],
-        rivals=Rivals(n_random=RANDOM),
         seed=seed,
     )

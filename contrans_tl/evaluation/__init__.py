@@ -19,7 +19,7 @@
 
 from contrans_tl.evaluation.arms import ARMS, NULLS, Rivals, carried, random_like
 from contrans_tl.evaluation.costs import side_effects, strength_for_kl
-from contrans_tl.evaluation.intervals import Estimate, clopper_pearson, difference, estimate, transfer_rate
+from contrans_tl.evaluation.intervals import Estimate, Lead, clopper_pearson, difference, estimate, lead, transfer_rate
 from contrans_tl.evaluation.protocol import evaluate, leaks_of
 from contrans_tl.evaluation.questions import (
     Answers,
@@ -54,6 +54,7 @@ __all__ = [
     "Estimate",
     "Forward",
     "Interrupted",
+    "Lead",
     "Marks",
     "MultipleChoice",
     "ProxyTuned",
@@ -80,6 +81,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "frontier",
+    "lead",
     "leaks_of",
     "plain",
     "random_like",

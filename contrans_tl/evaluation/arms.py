@@ -34,6 +34,8 @@ ARMS = {
     "random_weighting": "the concept through maps weighted for random directions: what weighting does by itself",
     "paper": "the concept through the paper's map: last tokens, minimum norm, no bias",
 }
+DRAWN = ("random", "random_source")
+"""Null arms of vectors drawn at random: what the best of many settings reaches by chance is told from them."""
 NULLS = ("shuffled_map", "random", "random_source", "other_concept", "sign_flipped", "neutral_corpus")
 
 
@@ -52,9 +54,8 @@ class Rivals:
     aligned: HookedModel | None = None
     proxy: tuple[HookedModel, HookedModel] | None = None
     """A small model after and before alignment, both reading the target's tokens."""
-    n_random: int = 20
-    """Vectors of `random`; a quarter as many of `random_source`. With 20, a vector no better than random ones is the best of
-    them less than once in 20 times."""
+    n_random: int = 12
+    """Vectors of `random`, and of `random_source`. Of 24, a vector no better than they are is the best once in 25 times."""
 
     def __post_init__(self) -> None:
         if self.n_random < 1:
@@ -106,7 +107,7 @@ def arms_of(
         return through(maps, concept) if maps.method in UNWEIGHTED else like_ours(maps).matched_to(moved)
 
     def random_sources() -> list[ConceptVector]:
-        draws = random_like(concept, max(2, rivals.n_random // 4), seed=seed)
+        draws = random_like(concept, rivals.n_random, seed=seed)
         carried = used.carry_several(torch.cat([draw.vectors for draw in draws]))
         return [
             replace(moved, vectors=v[None], name=draw.name).matched_to(moved) for v, draw in zip(carried, draws, strict=True)

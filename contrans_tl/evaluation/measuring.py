@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from contrans_tl.evaluation.arms import Arm
+from contrans_tl.evaluation.arms import DRAWN, Arm
 from contrans_tl.evaluation.costs import SideEffects, side_effects
-from contrans_tl.evaluation.intervals import Estimate, difference, estimate, transfer_rate
+from contrans_tl.evaluation.intervals import Estimate, Lead, difference, estimate, lead, transfer_rate
 from contrans_tl.evaluation.steerability import MULTIPLES, Steerability, steerability
 from contrans_tl.evaluation.subjects import SteeredAt
 from contrans_tl.evaluation.tasks import Marks, ScoringFailed, Task, measured
@@ -84,6 +84,18 @@ class Measurements:
             return {}
         moved = values.pop("transplanted")[0]
         return {name: difference(moved, rival, groups=self.groups(), seed=seed) for name, rival in values.items()}
+
+    def leads(self, sign: float, settings: int) -> dict[str, Lead]:
+        """Of the transplanted arm on the vectors drawn at random; by propensity, which many vectors move that change no hit."""
+        found = {}
+        for name in DRAWN:
+            if name in self.marks and "transplanted" in self.marks:
+                marks = [*self.marks["transplanted"], *self.marks[name]]
+                leanings = [one.propensity for one in marks if one.propensity is not None]
+                if len(leanings) < len(marks):
+                    leanings = [sign * one.metrics[self.task.metric] for one in marks]
+                found[name] = lead(leanings[0], np.stack(leanings[1:]), settings=settings, groups=self.groups())
+        return found
 
     def transfer_rate(self, seed: int) -> Estimate | None:
         values = self.headline()

@@ -125,6 +125,7 @@ def evaluate(
             r2=float(here_maps.r2),
             arms=test.estimates(seed),
             differences=test.differences(sign, seed),
+            leads=test.leads(sign, choice.settings),
             transfer_rate=test.transfer_rate(seed),
             steerability=curves,
             geometry=test.geometry(native.only(t)),
@@ -204,5 +205,5 @@ def _describe(search: Search, choice: Choice) -> dict[str, Any]:
         "within_budget": choice.within_budget,
         "max_depth": search.max_depth,
         "layer_pairs": sum("screened" in setting for setting in choice.sweep),
-        "settings": len(choice.sweep),
+        "settings": choice.settings,
     }

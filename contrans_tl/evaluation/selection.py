@@ -85,6 +85,11 @@ class Choice:
     within_budget: bool
     """False where nothing was, and the least costly setting was taken."""
 
+    @property
+    def settings(self) -> int:
+        """How many different ones were tried."""
+        return len({tuple(setting[key] for key in ("layer_source", "layer_target", "strength")) for setting in self.sweep})
+
 
 def choose(
     target: HookedModel,

@@ -1,23 +1,29 @@
 """Transfer: what an evaluation found, and what its controls allow to say.
 
-The concept arrived if the transplanted arm is apart from the base and from every vector of every null arm, each by its own
-paired 95% interval, in the direction that is wanted. With n null vectors, one that is no better than they are passes at most
-once in n + 1 times, whatever the data: of n + 1 vectors at most one is apart from all the others. That bound is for vectors of
-one setting; where layers and strengths were swept, the transplanted vector was the best of several on the select split, and
-the report holds the whole sweep. `data/studies/nulls.py` measures both.
+The concept arrived if, in the direction that is wanted, the transplanted arm
+
+-   is apart from the base and from every vector of every null arm, each by its own paired 95% interval. With n null vectors,
+    one that is no better than they are passes at most once in n + 1 times, whatever the data: of n + 1 vectors at most one is
+    apart from all the others;
+-   lies further beyond the vectors drawn at random than the best of as many settings as were tried would in 1 of 20 times
+    (`intervals.lead`): layers and strength were chosen for the transplanted vector, and not for them.
+
+`data/studies/nulls.py` measures how often either says yes where nothing is.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from contrans_tl.evaluation.arms import NULLS
-from contrans_tl.evaluation.intervals import Estimate
+from contrans_tl.evaluation.arms import DRAWN, NULLS
+from contrans_tl.evaluation.intervals import Estimate, Lead
 from contrans_tl.evaluation.selection import Setting
 from contrans_tl.evaluation.steerability import Steerability
 from contrans_tl.leakage import Leak
 
 ENOUGH = 19
 """Null vectors that let at most one in twenty through."""
+CHANCE = 0.05
+"""What a lead on vectors drawn at random may be by chance."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -56,6 +62,8 @@ class TransferReport:
     `loss_increase` and `kl` of neutral text, nats a token."""
     differences: dict[str, Estimate]
     """Arm -> transplanted - arm, paired, in the direction that is wanted; of an arm of several vectors, the nearest one."""
+    leads: dict[str, Lead]
+    """Arm of vectors drawn at random -> how far beyond them the transplanted one is, by propensity where the task has one."""
     transfer_rate: Estimate | None
     """(transplanted - base) / (native - base); None where the native vector is not apart from the base."""
     steerability: dict[str, Steerability]
@@ -99,11 +107,14 @@ class TransferReport:
         return [arm for arm in ("base", *NULLS) if arm in self.differences and self.differences[arm].low <= 0]
 
     @property
+    def by_chance(self) -> list[str]:
+        """Vectors drawn at random that the best of as many settings may lead as far by chance."""
+        return [arm for arm, lead in self.leads.items() if lead.chance > CHANCE]
+
+    @property
     def transferred(self) -> bool:
-        """Whether the transplanted arm is apart from the base and every null, in the direction that is wanted."""
-        nulls = [arm for arm in NULLS if arm in self.differences]
-        undecided = {"base", "transplanted", *NULLS} & {*self.failures, *self.missing}
-        return "base" in self.differences and bool(nulls) and not self.rivals and not undecided
+        """Whether the transplanted arm is apart from the base and every null and beyond chance."""
+        return "base" in self.differences and not (self.rivals or self.by_chance or self._undecided())
 
     @property
     def verdict(self) -> str:
@@ -115,14 +126,28 @@ class TransferReport:
         effect, base = (self.arms[arm][self.metric] for arm in ("transplanted", "base"))
         said = f"{name}: {self.metric} {base} -> {effect}"
         if self.transferred:
-            return f"{said}; apart from the base and every null control, each by its paired interval.{notes}"
+            settings = _settings(self.search["settings"])
+            beyond = f"; beyond what the best of {settings} reaches by chance" if self.leads else ""
+            return f"{said}; apart from the base and every null control, each by its paired interval{beyond}.{notes}"
         if self.rivals:
             return f"{said}; no transfer beyond controls: not apart from {', '.join(self.rivals)}.{notes}"
-        return f"{said}; undecided: {self._unmeasured()}.{notes}"
+        if undecided := self._undecided():
+            return f"{said}; undecided: {undecided}.{notes}"
+        lead = max((self.leads[arm] for arm in self.by_chance), key=lambda lead: lead.chance)
+        return (
+            f"{said}; no transfer beyond controls: the best of {_settings(lead.settings)} of a random vector reaches as far "
+            f"with a chance of {lead.chance:.2g} ({lead.vectors} were measured).{notes}"
+        )
 
-    def _unmeasured(self) -> str:
-        lost = [arm for arm in ("base", *NULLS) if arm in self.failures or arm in self.missing]
-        return f"{', '.join(lost)} not measured" if lost else "no null control was run"
+    def _undecided(self) -> str:
+        """Why nothing can be said, though no control is as good."""
+        if lost := [arm for arm in ("base", *NULLS) if arm in self.failures or arm in self.missing]:
+            return f"{', '.join(lost)} not measured"
+        if not any(arm in self.differences for arm in NULLS):
+            return "no null control was run"
+        if self.search["settings"] > 1 and not self.leads:
+            return f"{self.search['settings']} settings were tried, and what their best reaches by chance only {DRAWN} tell"
+        return ""
 
     def _notes(self) -> str:
         notes, n = [], self.null_vectors
@@ -142,3 +167,7 @@ class TransferReport:
         """Plain values, as written to report.json."""
         said = {"verdict": self.verdict, "transferred": self.transferred}
         return asdict(self) | said | {"in_sample": self.in_sample, "partial": self.partial}
+
+
+def _settings(n: int) -> str:
+    return f"{n} setting{'s' * (n != 1)}"
