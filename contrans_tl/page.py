@@ -166,7 +166,8 @@ def _asked(experiment: "Experiment", reports: Sequence[tuple[str, TransferReport
         "Arms": "the same prompts are put to the base, which is the target as it is, to the transplanted target, to "
         "ceilings and alternatives, and to null controls, in which something is added as well that cannot carry the concept",
         "It arrived if": "the transplanted target is apart from the base and from every null control, in the direction wanted, "
-        "each by the 95% interval of the difference prompt by prompt",
+        "each by the 95% interval of the difference prompt by prompt, and lies further beyond vectors drawn at random than the "
+        "best of as many settings of one of them would in 1 of 20 times",
         "Chosen on other prompts": "layers and strength were chosen on the select split, all numbers are of the test split",
     }
     items = "".join(f"<dt>{escape(term)}<dd>{escape(meaning)}" for term, meaning in asked.items())
@@ -331,8 +332,21 @@ def _multiplicity(report: TransferReport) -> str:
         f"below {search['max_depth']:g} of the depth.{'' if search['within_budget'] else exceeded} That is layer "
         f"{report.layer_source} to {report.layer_target}, strength {report.strength:.3g}"
         f"{f', a dose of {dose}' if dose else ''}. Between these layers the map explains {report.r2:.2f} of the variance of "
-        f"held-out activations (R²).{'' if report.in_sample else unseen}"
+        f"held-out activations (R²).{'' if report.in_sample else unseen}{_chance(report)}"
     )
+
+
+def _chance(report: TransferReport) -> str:
+    """What the best of as many settings of a random vector reaches."""
+    leads = "; ".join(
+        f"{_words(arm)} ({_count(lead.vectors, 'vector')}): {lead.deviations:.1f} standard deviations, chance {lead.chance:.2g}"
+        for arm, lead in report.leads.items()
+    )
+    said = (
+        " Layers and strength were not chosen for the vectors drawn at random. How far beyond their mean the transplanted one "
+        "lies, and the chance that the best of as many settings of a vector like them lies as far (Student's t, Bonferroni): "
+    )
+    return f"{said}{leads}." if leads else ""
 
 
 def _sweep_table(report: TransferReport) -> str:
@@ -513,7 +527,7 @@ def _outcome(report: TransferReport) -> tuple[str, str]:
         return "not measured", "open"
     if report.transferred:
         return "arrived" + (", in-sample" if report.in_sample else ""), "open" if report.in_sample else "yes"
-    return ("not beyond controls", "no") if report.rivals else ("undecided", "open")
+    return ("not beyond controls", "no") if report.rivals or report.by_chance else ("undecided", "open")
 
 
 def _of(report: TransferReport, arm: str, metric: str) -> Estimate | None:

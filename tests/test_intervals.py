@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from contrans_tl.evaluation import clopper_pearson, difference, estimate, frontier, steerability, transfer_rate
+from contrans_tl.evaluation import clopper_pearson, difference, estimate, frontier, lead, steerability, transfer_rate
 
 
 def tail_below(hits: int, n: int, p: float) -> float:
@@ -181,3 +181,37 @@ def test_every_vector_of_an_arm_has_to_pass_the_sign_test_not_only_the_one_with_
     both = difference(moved, np.stack([ahead_everywhere_by_little, alike_but_for_five]))
     assert both.low == 0
     assert difference(moved, ahead_everywhere_by_little[None]).low > 0
+
+
+@pytest.mark.parametrize(("t", "df", "tail"), [(6.314, 1, 0.05), (2.920, 2, 0.05), (3.106, 11, 0.005), (3.232, 60, 0.001)])
+def test_the_lead_has_the_chances_of_students_t_as_tables_print_them(t, df, tail):
+    # n vectors of mean 0 and deviation 1, and a value so far off that its prediction t is t.
+    n = df + 1
+    drawn = np.linspace(-1, 1, n)
+    drawn = (drawn - drawn.mean()) / drawn.std(ddof=1)
+    value = t * (1 + 1 / n) ** 0.5
+    found = lead(np.full(40, value), drawn[:, None].repeat(40, 1))
+    assert found.deviations == pytest.approx(value)
+    assert found.chance == pytest.approx(tail, rel=2e-3)
+    assert lead(np.full(40, -value), drawn[:, None].repeat(40, 1)).chance == pytest.approx(1 - tail, rel=2e-3)
+    assert lead(np.full(40, value), drawn[:, None].repeat(40, 1), settings=5).chance == pytest.approx(5 * tail, rel=2e-3)
+
+
+def test_the_best_of_several_settings_of_a_random_vector_leads_by_chance_as_rarely_as_stated():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((500, 24 + 12, 1)).repeat(3, 2)
+    called = sum(lead(row[:24].max(0), row[24:], settings=24).chance <= 0.05 for row in rows)
+    assert clopper_pearson(called, 500)[0] < 0.05
+    blind = sum(lead(row[:24].max(0), row[24:]).chance <= 0.05 for row in rows)
+    assert blind > 250
+
+
+def test_where_no_vector_does_anything_the_prompts_decide_and_one_vector_tells_nothing():
+    hits = (np.arange(50) < 2).astype(float)
+    nothing = np.zeros((12, 50))
+    assert lead(hits, nothing).deviations == pytest.approx(0.04 / (0.04 * 0.96 / 50) ** 0.5)
+    assert lead(hits, nothing, settings=24).chance > 0.05
+    assert lead(np.ones(50), nothing, settings=24).chance < 1e-9
+    grouped = lead(hits, nothing, groups=[f"{i // 2}" for i in range(50)])
+    assert grouped.deviations < lead(hits, nothing).deviations  # both hits are of one group
+    assert lead(hits, nothing[:1]).chance == 1.0

@@ -17,10 +17,10 @@ from contrans_tl.reformulation import fit_maps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # data/studies are scripts beside the package
 
-from data.studies.nulls import N_RANDOM, Null, apart, random_model, simulated  # noqa: E402
+from data.studies.nulls import APART, N_RANDOM, VERDICT, Null, random_model, simulated  # noqa: E402
 
 NO_TRANSFER = "no transfer beyond controls"
-RULE = f"every one of {N_RANDOM}"
+RIVALS = Rivals(n_random=20)
 
 
 def most(runs: int, p: float) -> int:
@@ -32,13 +32,13 @@ def most(runs: int, p: float) -> int:
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize(("prompts", "group"), [(20, 1), (200, 4)])
 def test_of_exchangeable_vectors_at_most_one_is_apart_from_all_others(binary, prompts, group):
-    # That bounds the false positives of any data at 1 in 21: whichever of them is the transplanted one, it has to be this one.
+    # That bounds the false positives of any data at 1 in 25: whichever of them is the transplanted one, it has to be this one.
     found = 0
-    for seed in range(5):
+    for seed in range(12):
         null = Null(prompts, 0.2, 2.0, binary, group)
-        _, vectors = null.draw(1 + N_RANDOM, np.random.default_rng(seed))
-        worst = np.full(prompts, -10.0)  # a base that all are apart from
-        each = [apart(v, worst, np.delete(vectors, i, axis=0), null.groups()) for i, v in enumerate(vectors)]
+        run = null.draw(np.random.default_rng(seed))
+        vectors = np.concatenate([run.moved[None], run.rivals])
+        each = [replace(run, moved=v).apart(np.delete(vectors, i, axis=0)) for i, v in enumerate(vectors)]
         assert sum(each) <= 1
         found += sum(each)
     assert found > 0 or prompts == 20  # or this would test nothing
@@ -48,14 +48,24 @@ def test_nulls_are_called_transferred_in_at_most_1_of_20_runs_where_weaker_rules
     runs, cells = 100, [Null(50, 0.2, 2.0), Null(200, 0.5, 2.0, False), Null(200, 0.2, 0.5, group=4)]
     counts = [simulated(null, runs, seed=seed) for seed, null in enumerate(cells)]
     total = {rule: sum(count[rule] for count in counts) for rule in counts[0]}
-    assert 0 < total[RULE] <= most(runs * len(cells), 1 / (1 + N_RANDOM))
-    for weaker in ("of 5", f"mean of {N_RANDOM}", "base only"):
+    assert 0 < total[APART] <= most(runs * len(cells), 1 / (1 + N_RANDOM))
+    assert total[VERDICT] <= total[APART]
+    for weaker in ("from 5", "from their mean", "from the base"):
         assert clopper_pearson(total[weaker], runs * len(cells))[0] > 0.05
 
 
-def test_a_planted_effect_is_found():
-    assert simulated(Null(50, 0.2, 0.5), 40, rules=[RULE], effect=3.0)[RULE] >= 36
-    assert simulated(Null(200, 0.2, 0.5, group=4), 40, rules=[RULE], effect=3.0)[RULE] >= 36
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_the_best_of_many_settings_is_called_transferred_in_at_most_1_of_20_runs(spread):
+    runs, null = 150, Null(50, 0.5, spread, False, choices=24)
+    counts = simulated(null, runs, rules=[APART, VERDICT])
+    assert counts[VERDICT] <= most(runs, 0.05)
+    assert clopper_pearson(counts[APART], runs)[0] > 0.05  # nulls of one setting do not allow for it
+
+
+@pytest.mark.parametrize("choices", [1, 24])
+def test_a_planted_effect_is_found(choices):
+    for null in (Null(50, choices=choices), Null(200, group=4, choices=choices)):
+        assert simulated(null, 40, rules=[VERDICT], effect=3.0)[VERDICT] >= 36
 
 
 # --- real models ----------------------------------------------------------------------------------------------------
@@ -90,7 +100,9 @@ class World:
     def evaluate(self, maps, *, pairs=None, source=None, arms=("random",), rivals=None):
         pairs = pairs or self.pairs
         concept = refine(source or self.source, pairs)
-        return evaluate(self.target, pairs, concept, maps, neutral=self.neutral, arms=arms, rivals=rivals or Rivals())
+        return evaluate(
+            self.target, pairs, concept, maps, neutral=self.neutral, arms=arms, rivals=rivals or Rivals(n_random=20)
+        )
 
 
 @pytest.mark.parametrize("target", ["target-gpt2", "target-llama"])
@@ -137,8 +149,8 @@ def test_two_untrained_models_transfer_nothing(bridges):
     )
     source, target = bridges["llama"], bridges["gpt2"]
     maps = fit_maps(source, target, [f"{text} {a} {b}" for text in CORPUS for a in words for b in words])
-    report = evaluate(target, pairs, refine(source, pairs), maps, neutral=TEXTS, arms=["random"])
+    report = evaluate(target, pairs, refine(source, pairs), maps, neutral=TEXTS, arms=["random", "random_source"])
     assert not report.transferred and NO_TRANSFER in report.verdict
-    assert report.null_vectors == 20 and "Null vectors" not in report.verdict
+    assert report.null_vectors == 24 and "Null vectors" not in report.verdict
     few = evaluate(target, pairs, refine(source, pairs), maps, neutral=TEXTS, arms=["random"], rivals=Rivals(n_random=4))
     assert few.null_vectors == 4 and "apart from all of them up to once in 5" in few.verdict

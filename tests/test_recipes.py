@@ -56,7 +56,7 @@ def setup():
     """Two random vectors are too few for a verdict that anybody should believe; here they need only run."""
     generic, neutral = read_sentences(DATA / "generic.txt"), read_sentences(DATA / "neutral.txt")
     search = Search(strengths=(2.0, 3.0), keep=1)
-    return Setup(generic[:200], neutral[:8], arms=("native", "shuffled_map", "random"), n_random=2, search=search)
+    return Setup(generic[:200], neutral[:8], arms=("native", "shuffled_map", "random"), n_random=8, search=search)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_emotions_have_a_row_for_every_target_emotion_and_strength(source, s
     result = emotions(source, {"here": small}, [concept("anger"), concept("fear")], setup, strengths=(0.5, 3.0))
     run = [(row.labels["target"], row.labels["emotion"], row.labels["strength"]) for row in result.rows]
     assert run == [("here", emotion, strength) for strength in ("0.5", "3") for emotion in ("anger", "fear")]
-    assert "2 random vectors" in str(result) and str(result).count("\nhere ") == 4
+    assert "8 random vectors" in str(result) and str(result).count("\nhere ") == 4
     assert result.row(emotion="anger", strength="3").transferred
     with pytest.raises(ValueError, match="expected one row"):
         result.row(emotion="anger")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from contrans_tl import plots
-from contrans_tl.evaluation import ARMS, NULLS, Estimate, TransferReport, difference, estimate, steerability
+from contrans_tl.evaluation import ARMS, NULLS, Estimate, TransferReport, difference, estimate, lead, steerability
+from contrans_tl.evaluation.arms import DRAWN
 from contrans_tl.experiment import Experiment, Transfer
 from contrans_tl.leakage import Leak
 from contrans_tl.models import ModelId
@@ -58,6 +59,11 @@ def transfer(concept: str = "anger", rates: dict[str, float] = RATES, *, n: int 
             arm: difference(items["transplanted"], hits[None])
             for arm, hits in items.items()
             if arm != "transplanted" and "transplanted" in items
+        },
+        leads={
+            arm: lead(items["transplanted"], items[arm][None].repeat(12, 0), settings=6)
+            for arm in DRAWN
+            if {arm, "transplanted"} <= set(items)
         },
         transfer_rate=Estimate(0.87, 0.7, 1.0, n),
         steerability={arm: steerability(strengths, curve) for arm in ("transplanted", "native") if arm in items},

@@ -67,8 +67,8 @@ class Arm:
     """Who is asked, and with which vectors of the target's space."""
 
     subjects: tuple[Subject, ...]
-    reference: HookedModel | None
-    """The model that its effect on neutral text is measured against; None where such an effect means nothing: an instruction
+    reference: Subject | None
+    """What its effect on neutral text is measured against; None where such an effect means nothing: an instruction
     stands before the prompts only, and losses in other tokens do not compare."""
     vectors: tuple[ConceptVector, ...] = ()
 
@@ -97,7 +97,7 @@ def arms_of(
     moved = through(used, concept)
 
     def steered(vectors: Sequence[ConceptVector], strength: float = choice.strength) -> Arm:
-        return Arm(tuple(at.subject(vector, strength) for vector in vectors), target, tuple(vectors))
+        return Arm(tuple(at.subject(vector, strength) for vector in vectors), at.base, tuple(vectors))
 
     def like_ours(maps: LayerMaps, concept: ConceptVector = concept) -> ConceptVector:
         return through(maps.reweighted(concept) if weighted else maps, concept)
@@ -114,7 +114,7 @@ def arms_of(
         ]
 
     made: dict[str, Callable[[], Arm]] = {
-        "base": lambda: Arm((Subject(target),), target),
+        "base": lambda: Arm((at.base,), at.base),
         "transplanted": lambda: steered([moved]),
         "zero": lambda: steered([moved], 0.0),
         "native": lambda: steered([native]),
@@ -133,15 +133,16 @@ def arms_of(
     for name, more in rivals.maps.items():
         made[name] = lambda more=more: steered([by_other_maps(more)])  # type: ignore[misc]
     if (source := rivals.source) is not None:
-        made["source_own"] = lambda: Arm((SteeredAt(source, s).subject(concept, choice.strength),), source)
+        own = SteeredAt(source, s)
+        made["source_own"] = lambda: Arm((own.subject(concept, choice.strength),), own.base)
     if rivals.instruction:
         made["instruction"] = lambda: Arm((Subject(target, rivals.instruction),), None)
     if (aligned := rivals.aligned) is not None:
-        made["aligned"] = lambda: Arm((Subject(aligned),), target if same_tokens(aligned, target) else None)
+        made["aligned"] = lambda: Arm((Subject(aligned),), at.base if same_tokens(aligned, target) else None)
     if rivals.proxy is not None:
         expert, novice = rivals.proxy
         tuned = ProxyTuned(target, expert=expert, novice=novice)  # now, so that another vocabulary is refused at once
-        made["proxy_tuning"] = lambda: Arm((tuned,), target)
+        made["proxy_tuning"] = lambda: Arm((tuned,), at.base)
     order = [*ARMS, *made]
     return {name: made[name] for name in sorted(made, key=order.index)}
 

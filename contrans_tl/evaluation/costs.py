@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
-from contrans_tl.evaluation.subjects import Forward, SteeredAt, device_of, plain
-from contrans_tl.models import HookedModel
+from contrans_tl.evaluation.subjects import Forward, SteeredAt, Subject, device_of, plain
+from contrans_tl.models import HookedModel, head_only_at
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, encode, pad
 
@@ -32,23 +34,31 @@ class SideEffects:
         return sums.sum(1) / self.tokens.sum()
 
 
-def side_effects(model: HookedModel, texts: Sequence[str], forwards: Sequence[Forward], *, batch_size: int = 64) -> SideEffects:
-    """Loss and next-token KL of each of these, against the model as it is."""
+def side_effects(
+    model: HookedModel | Subject, texts: Sequence[str], forwards: Sequence[Forward], *, batch_size: int = 64
+) -> SideEffects:
+    """Loss and next-token KL of each of these, against the model as it is, or as a subject runs it."""
+    clean_forward, model = (model.forward, model.model) if isinstance(model, Subject) else (plain(model), model)
     sequences = [encoding.ids for encoding in encode(model, texts, truncate=True)]
     loss, increase, kl = np.zeros(len(texts)), np.zeros((len(forwards), len(texts))), np.zeros((len(forwards), len(texts)))
     for batch in by_length([len(ids) for ids in sequences], batch_size):
         tokens, mask = pad([sequences[i] for i in batch], device_of(model))
-        following, real = tokens[:, 1:, None], mask[:, 1:]
-        clean = plain(model)(tokens, mask)[:, :-1].log_softmax(-1)
-        likely = clean.exp()
-        own = -clean.gather(-1, following)[..., 0]
-        loss[batch] = (own * real).sum(1).double().cpu().numpy()
-        for k, forward in enumerate(forwards):
-            logprobs = forward(tokens, mask)[:, :-1].log_softmax(-1)
-            shared = logprobs.shape[-1]  # a head may be padded beyond the vocabulary, others' heads less so
-            whole = clean[..., :shared]
-            increase[k, batch] = ((-logprobs.gather(-1, following)[..., 0] - own) * real).sum(1).double().cpu().numpy()
-            kl[k, batch] = ((likely[..., :shared] * (whole - logprobs)).sum(-1) * real).sum(1).double().cpu().numpy()
+        before = torch.nn.functional.pad(mask[:, 1:], (0, 1)).bool()  # where a token is followed by another
+        following, texts_of = tokens[:, 1:][mask[:, 1:].bool()], torch.arange(len(batch), device=mask.device)[:, None]
+        owner = texts_of.expand_as(mask)[before].cpu().numpy()
+
+        def per_text(values: Float[Tensor, " place"]) -> Float[np.ndarray, " text"]:
+            return np.bincount(owner, weights=values.double().cpu().numpy(), minlength=len(batch))  # noqa: B023 - called here
+
+        with head_only_at(model, before):
+            clean = clean_forward(tokens, mask)[before].log_softmax(-1)
+            likely, own = clean.exp(), -clean.gather(-1, following[:, None])[:, 0]
+            loss[batch] = per_text(own)
+            for k, forward in enumerate(forwards):
+                logprobs = forward(tokens, mask)[before].log_softmax(-1)
+                shared = logprobs.shape[-1]  # a head may be padded beyond the vocabulary, others' heads less so
+                increase[k, batch] = per_text(-logprobs.gather(-1, following[:, None])[:, 0] - own)
+                kl[k, batch] = per_text((likely[:, :shared] * (clean[:, :shared] - logprobs)).sum(-1))
     return SideEffects(loss, increase, kl, np.array([len(ids) - 1.0 for ids in sequences]))
 
 
@@ -64,7 +74,7 @@ def strength_for_kl(
         raise ValueError(f"expected a KL budget above 0; got {kl}.")
 
     def cost(strength: float) -> float:
-        effects = side_effects(at.model, texts, [at.by(concept, strength)], batch_size=batch_size)
+        effects = side_effects(at.base, texts, [at.by(concept, strength)], batch_size=batch_size)
         return float(effects.per_token(effects.kl)[0])
 
     high, doublings = 1.0, 0

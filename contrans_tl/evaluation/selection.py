@@ -151,7 +151,7 @@ def choose(
     results = []
     for pair, setting, x in track(tried, f"{task.name}: strengths", len(tried)):
         steered = subject(pair, x)
-        cost = side_effects(target, neutral, [steered.forward], batch_size=batch_size)
+        cost = side_effects(at[pair[1]].base, neutral, [steered.forward], batch_size=batch_size)
         costs = {"loss_increase": float(cost.per_token(cost.loss_increase)[0]), "kl": float(cost.per_token(cost.kl)[0])}
         result = _setting(pair, setting, x) | {"effect": effect(task, steered)[0]} | costs
         results.append(result)

@@ -2,6 +2,7 @@
 
     Subject(target)                                          base
     SteeredAt(target, layer).subject(concept, strength)      what `transplant` does at all positions
+    SteeredAt(target, layer).base                            base, what it has at the layer kept for those
     Subject(target, opening="Pretend you are honest.")       the paper's Inst-Align
     ProxyTuned(target, expert=..., novice=...)               the paper's EFT baseline
 
@@ -12,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,7 +146,14 @@ class SteeredAt:
 
     model: HookedModel
     layer: int
+    kept: int = 2**30
+    """Bytes of residuals that are held at most; batches beyond run all their blocks every time."""
     _below: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def base(self) -> "Steered":
+        """The model as it is."""
+        return Steered(self.model, at=self, vector=None)
 
     def by(self, concept: ConceptVector, strength: float) -> Forward:
         """Forward passes with strength * vector added after the block, at all positions."""
@@ -157,14 +166,32 @@ class SteeredAt:
         self, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]
     ) -> Float[Tensor, "prompt pos d_model"]:
         """Of these tokens after the block, before anything is added."""
-        key = str(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes() + mask.cpu().numpy().tobytes()
-        if key not in self._below:
+        key = self._key(tokens, mask)
+        if key in self._below:
+            return self._below[key]
+        seen: list[Tensor] = []
+        run_blocks(self.model, tokens, mask, [(hook_name(self.layer), lambda resid, hook: seen.append(resid))], self.layer)
+        self._keep(key, seen[0])
+        return seen[0]
 
-            def keep(resid: Tensor, hook: Any) -> None:
-                self._below[key] = resid.detach().clone()
+    def logits(
+        self, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"], vector: Float[Tensor, " d_model"] | None
+    ) -> Float[Tensor, "prompt pos vocab"]:
+        """In float32, with the vector added, or of the model as it is."""
+        above, key = plain(self.model), self._key(tokens, mask)
+        if vector is None and key not in self._below:
+            with self.model.hooks(fwd_hooks=[(hook_name(self.layer), lambda resid, hook: self._keep(key, resid))]):
+                return above(tokens, mask)
+        resid = self.residual(tokens, mask)
+        with resumed_after(self.model, self.layer, resid if vector is None else resid + vector.to(resid)):
+            return above(tokens, mask)
 
-            run_blocks(self.model, tokens, mask, [(hook_name(self.layer), keep)], self.layer)
-        return self._below[key]
+    def _key(self, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]) -> bytes:
+        return str(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes() + mask.cpu().numpy().tobytes()
+
+    def _keep(self, key: bytes, resid: Tensor) -> None:
+        if sum(held.nbytes for held in self._below.values()) + resid.nbytes <= self.kept:
+            self._below[key] = resid.detach().clone()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -172,24 +199,19 @@ class Steered(Subject):
     """A model with a vector added after one block, at all positions: `transplant`, its lower blocks shared."""
 
     at: SteeredAt
-    vector: Float[Tensor, " d_model"]
+    vector: Float[Tensor, " d_model"] | None
+    """None: the model as it is."""
 
     @property
     def forward(self) -> Forward:
         check_ready(self.model)
-        above = plain(self.model)
-
-        def forward(tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos vocab"]:
-            resid = self.at.residual(tokens, mask)
-            with resumed_after(self.model, self.at.layer, resid + self.vector.to(resid)):
-                return above(tokens, mask)
-
-        return forward
+        return partial(self.at.logits, vector=self.vector)
 
     @contextmanager
     def running(self) -> Iterator[HookedModel]:
         check_ready(self.model)
-        with self.model.hooks(fwd_hooks=injection_hooks(self.model, [Injection(self.at.layer, self.vector)])):
+        injections = [] if self.vector is None else [Injection(self.at.layer, self.vector)]
+        with self.model.hooks(fwd_hooks=injection_hooks(self.model, injections)):
             yield self.model
 
 

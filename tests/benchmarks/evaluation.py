@@ -25,7 +25,7 @@ from extraction import save_model, sentences
 from contrans_tl import ContrastPairs, Question, load_model, transplant
 from contrans_tl.data import read_sentences
 from contrans_tl.demo import demo_data
-from contrans_tl.evaluation import ReadQuestion, SteeredAt, Subject, answer_questions, plain, read_questions, side_effects
+from contrans_tl.evaluation import ReadQuestion, SteeredAt, answer_questions, plain, read_questions, side_effects
 from contrans_tl.models import HookedModel, identify
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, encode, pad
@@ -54,9 +54,9 @@ class Bench:
     def together(self) -> Numbers:
         """As `evaluate` does it."""
         at = SteeredAt(self.model, *self.vectors[0].layers)
-        forwards = [Subject(self.model).forward, *(at.by(vector, 1.0) for vector in self.vectors)]
+        forwards = [at.base.forward, *(at.by(vector, 1.0) for vector in self.vectors)]
         answers = [answer_questions(self.model, self.questions, "token_accuracy", forward=forward) for forward in forwards]
-        costs = side_effects(self.model, self.texts, forwards, batch_size=BATCH)
+        costs = side_effects(at.base, self.texts, forwards, batch_size=BATCH)
         return np.stack([a.margin for a in answers]), costs.loss_increase, costs.kl
 
     def one_by_one(self) -> Numbers:
