@@ -1,0 +1,10 @@
+"""Diagnostics: where a concept is, who writes and who reads it, and what a transplant changes on the way to the logits.
+
+Each is a function from models, concepts and prompts to a frozen report: `.scores` with named axes, `.top(k)`,
+`.to_dataframe()`, a short printed form, and a figure in `plots`. Each takes a model and a concept of that model, so that the
+source with its vector, the target with its own and the target with the carried one can be laid side by side.
+"""
+
+from contrans_tl.diagnostics.scores import Diagnosis, Scores
+
+__all__ = ["Diagnosis", "Scores"]
