@@ -126,8 +126,7 @@ class TransferReport:
         effect, base = (self.arms[arm][self.metric] for arm in ("transplanted", "base"))
         said = f"{name}: {self.metric} {base} -> {effect}"
         if self.transferred:
-            settings = _settings(self.search["settings"])
-            beyond = f"; beyond what the best of {settings} reaches by chance" if self.leads else ""
+            beyond = f"; beyond what {_best_of(self.search['settings'])} reaches by chance" if self.leads else ""
             return f"{said}; apart from the base and every null control, each by its paired interval{beyond}.{notes}"
         if self.rivals:
             return f"{said}; no transfer beyond controls: not apart from {', '.join(self.rivals)}.{notes}"
@@ -135,8 +134,8 @@ class TransferReport:
             return f"{said}; undecided: {undecided}.{notes}"
         lead = max((self.leads[arm] for arm in self.by_chance), key=lambda lead: lead.chance)
         return (
-            f"{said}; no transfer beyond controls: the best of {_settings(lead.settings)} of a random vector reaches as far "
-            f"with a chance of {lead.chance:.2g} ({lead.vectors} were measured).{notes}"
+            f"{said}; no transfer beyond controls: {_best_of(lead.settings)} reaches as far with a chance of {lead.chance:.2g} "
+            f"({lead.vectors} were measured).{notes}"
         )
 
     def _undecided(self) -> str:
@@ -169,5 +168,5 @@ class TransferReport:
         return asdict(self) | said | {"in_sample": self.in_sample, "partial": self.partial}
 
 
-def _settings(n: int) -> str:
-    return f"{n} setting{'s' * (n != 1)}"
+def _best_of(settings: int) -> str:
+    return "a random vector" if settings == 1 else f"the best of {settings} settings of a random vector"
