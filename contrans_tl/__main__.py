@@ -30,7 +30,7 @@ MaxDepth = Annotated[float, typer.Option(help="Target layers are looked at below
 Arms = Annotated[str | None, typer.Option(help="Arms to run, as in native,random; default: all that can be made.")]
 Instruction = Annotated[str, typer.Option(help="Words before every prompt: the arm `instruction`. End with a space.")]
 AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help="Run on prompts that were seen; marked in-sample.")]
-RandomVectors = Annotated[int, typer.Option(min=1, help="Vectors in the random arm.")]
+RandomVectors = Annotated[int, typer.Option(min=1, help="Vectors of each arm that is drawn at random.")]
 _COMMAND = ContextVar("command", default="")
 """The command line that runs, for its report."""
 INTERRUPTED = 130
@@ -69,7 +69,7 @@ def run(
     max_depth: MaxDepth = 0.8,
     arms: Arms = None,
     instruction: Instruction = "",
-    random_vectors: RandomVectors = 20,
+    random_vectors: RandomVectors = 12,
     allow_overlap: AllowOverlap = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
@@ -138,7 +138,7 @@ def evaluate(
     max_depth: MaxDepth = 0.8,
     arms: Arms = None,
     instruction: Instruction = "",
-    random_vectors: RandomVectors = 20,
+    random_vectors: RandomVectors = 12,
     allow_overlap: AllowOverlap = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
