@@ -161,7 +161,7 @@ def test_run_from_the_command_line_leaves_a_report(small, capsys):
     assert {path.stem for path in (small / "out").glob("*.safetensors")} == {"concept", "moved", "maps"}
 
 
-QUICK = ["--arms", "base,transplanted,native,random", "--random-vectors", "2", "--strengths", "2,3", "--device", "cpu"]
+QUICK = ["--arms", "base,transplanted,native,random", "--random-vectors", "8", "--strengths", "2,3", "--device", "cpu"]
 
 
 def run_quickly(folder: Path, *options: str) -> list[str]:
