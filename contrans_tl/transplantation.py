@@ -34,6 +34,7 @@ from contrans_tl.heads import Head, HeadVectors
 from contrans_tl.models import (
     Hook,
     HookedModel,
+    ModelId,
     attention_site,
     check_ready,
     embedding_site,
@@ -179,18 +180,23 @@ def transplant(
     check_ready(model)
     here = identify(model)
     for concept in [concepts] if isinstance(concepts, (ConceptVector, HeadVectors)) else concepts:
-        if concept.model.same_space(here):
-            continue
-        if concept.model.name == here.name and concept.model.basis != here.basis:
-            remedy = "refine or reformulate it again in that basis"
-        elif concept.model.name == here.name:
-            remedy = "it has the same name but other weights; refine or reformulate it with these"
-        else:
-            remedy = "reformulate it first"
-        raise ValueError(f"the concept {concept.name!r} lives in {concept.model}, the model is {here}: {remedy}.")
+        check_home(concept, here)
     steps = injections(concepts, strength=strength, layers=layers, heads=heads, positions=positions)
     with model.hooks(fwd_hooks=injection_hooks(model, steps)):
         yield model
+
+
+def check_home(concept: Concept, here: ModelId) -> None:
+    """ValueError, with what to do, for a concept that does not live in this model."""
+    if concept.model.same_space(here):
+        return
+    if concept.model.name == here.name and concept.model.basis != here.basis:
+        remedy = "refine or reformulate it again in that basis"
+    elif concept.model.name == here.name:
+        remedy = "it has the same name but other weights; refine or reformulate it with these"
+    else:
+        remedy = "reformulate it first"
+    raise ValueError(f"the concept {concept.name!r} lives in {concept.model}, the model is {here}: {remedy}.")
 
 
 def add_everywhere(x: Tensor, hook: Any, *, vector: Tensor, head: int | None = None) -> Tensor:
