@@ -126,11 +126,12 @@ def projections(
     what = f", {_written(steps)}" if steps else ""
     prompts = f"{len(texts)} prompt{'s' * (len(texts) > 1)}"
     return Projections(
-        about=f"{'change of the ' * bool(steps)}projection on {concept.name} in {here.name}, {prompts}{what}",
+        about=f"projection on {concept.name} in {here.name}, {prompts}{what}",
         scores=mean,
         low=low,
         high=high,
         prompts=len(texts),
+        notes=("listed is the change under injection.",) if steps else (),
     )
 
 
@@ -239,7 +240,7 @@ def survival(
         for own, other in ((mean, others.mean(0)), (low, others.amin(0)), (high, others.amax(0)))
     ]
     return Survival(
-        about=f"{concept.name} x {strength:g} injected after L{layer} of {here.name}, {len(texts)} texts",
+        about=f"{concept.name} × {strength:g} injected after L{layer} of {here.name}, {len(texts)} texts",
         scores=made[0],
         low=made[1],
         high=made[2],
