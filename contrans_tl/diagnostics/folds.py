@@ -52,8 +52,8 @@ class Sides:
         clusters = int(self.cluster.max()) + 1
         order = torch.randperm(clusters, generator=torch.Generator().manual_seed(seed))
         if not self.paired:  # positives first, so that each fold gets its share of either side
-            belongs = torch.zeros(clusters).index_reduce(0, self.cluster, self.side.float(), "amax", include_self=False)
-            order = torch.cat([order[belongs[order] > 0], order[belongs[order] <= 0]])
+            positive = torch.isin(order, self.cluster[self.side > 0])
+            order = torch.cat([order[positive], order[~positive]])
         fold_of = torch.empty(clusters, dtype=torch.long)
         fold_of[order] = torch.arange(clusters) % max(k, 1)
         fold = fold_of[self.cluster]

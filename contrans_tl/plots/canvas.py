@@ -77,9 +77,15 @@ def heat_map(
         light = [shades((values[tuple(at)] - span[0]) / (span[1] - span[0]))[1] < 0.45 for at in low]
         axis.scatter(low[:, 1], low[:, 0], marker="_", s=9, linewidths=0.8, c=["white" if x else "black" for x in light])
     ticks(axis, rows, columns)
-    bar = axis.figure.colorbar(image, ax=axis, shrink=0.9, aspect=max(20, 5 * axis.figure.get_figheight()))
+    colour_bar(image, [axis], unit + " (–: below 0)" * (signed and not numbered and len(low) > 0))
+
+
+def colour_bar(image: Any, axes: "Sequence[Axes]", label: str) -> None:
+    """What the shades mean, beside these axes; as slim beside a tall map as beside a low one."""
+    figure = image.figure
+    bar = figure.colorbar(image, ax=list(axes), shrink=0.9, aspect=max(20, 5 * figure.get_figheight()))
     bar.ax.tick_params(labelsize=7)
-    bar.set_label(unit + " (–: below 0)" * (signed and not numbered and len(low) > 0), fontsize=8)
+    bar.set_label(label, fontsize=8)
 
 
 def ticks(axis: "Axes", rows: Sequence[object], columns: Sequence[object]) -> None:

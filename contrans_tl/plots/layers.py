@@ -8,7 +8,7 @@ from contrans_tl.diagnostics.grids import Grids
 from contrans_tl.diagnostics.layers import Projections, Survival
 from contrans_tl.diagnostics.readout import Readout
 from contrans_tl.diagnostics.separability import MEASURES, Separability
-from contrans_tl.plots.canvas import GRID, band, cell_size, heat_map, new_figure, ticks, written
+from contrans_tl.plots.canvas import GRID, band, cell_size, colour_bar, heat_map, new_figure, ticks, written
 from contrans_tl.plots.maps import grid_axes, not_shown
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def projections_figure(found: Projections) -> "Figure":
     widths = [max(1.5, width * len(positions))] * len(maps) + [2.6]
     *panels, last = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     for axis, (name, values) in zip(panels, maps.items(), strict=True):
-        heat_map(
-            axis, values, layers, [written(label, 16) for label in positions], signed=True, unit=found.scores.unit, digits=0
-        )
+        digits = 0 if np.nanmax(np.abs(values)) >= 10 else 1
+        names = [written(label, 16) for label in positions]
+        heat_map(axis, values, layers, names, signed=True, unit=found.scores.unit, digits=digits)
         axis.invert_yaxis()  # as the stream runs, upwards
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("token" if found.prompts == 1 else "position, from the last token", fontsize=8)
@@ -113,7 +113,7 @@ def readout_figure(found: Readout) -> "Figure":
         axis.set_title(f"{name} most", fontsize=9)
     figure.axes[0].invert_yaxis()
     figure.axes[0].set_ylabel("vector of layer", fontsize=8)
-    figure.colorbar(image, ax=figure.axes, shrink=0.9, label="|logits|")
+    colour_bar(image, figure.axes, "change of the logit")
     figure.suptitle(written(found.about, 120), fontsize=9)
     return figure
 

@@ -1,6 +1,6 @@
 """Figures of probes: which heads tell a concept apart."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from contrans_tl.diagnostics.probes import HeadProbes
 from contrans_tl.plots.canvas import GRID, cell_size, heat_map, new_figure, written
@@ -24,10 +24,10 @@ def probes_figure(found: HeadProbes) -> "Figure":
     ranked = found.scores.values.flatten().sort(descending=True).values.tolist()
     above = sum(value > found.threshold for value in ranked)
     many = len(ranked) > 60
-    for start, stop, inside in ((0, above, "#0072b2"), (above, len(ranked), "white")):
-        style = {"color": "#0072b2", "marker": "." if many else "o", "markersize": 3 if many else 4, "linestyle": "none"}
-        label = f"{stop - start} above" if start == 0 else f"{stop - start} not"
-        order.plot(range(start + 1, stop + 1), ranked[start:stop], markerfacecolor=inside, label=label, **style)
+    style: dict[str, Any] = {"markersize": 3 if many else 4, "linestyle": "none"}
+    order.plot(range(1, above + 1), ranked[:above], color="#0072b2", marker="o", label=f"{above} above", **style)
+    others: dict[str, Any] = {"color": "#777777", "marker": "x", "label": f"{len(ranked) - above} not"}
+    order.plot(range(above + 1, len(ranked) + 1), ranked[above:], **others, **style)
     order.axhline(found.threshold, color="#d55e00", linewidth=1.2, linestyle="--", label="best head, 95% of permutations")
     order.axhline(0.5, color="#111111", linewidth=0.8, linestyle=(0, (1, 2)))
     order.set_ylim(min(0.4, ranked[-1] - 0.02), 1.02)
