@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, TEXTS, hf_residuals, hooks_on, unchecked
+from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, TEXTS, hf_residuals, hooks_on, save_tokenizer, unchecked
+from test_hooked_transformer import HookedTransformer, hooked_transformer
 from test_transplantation import concept
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from contrans_tl import ContrastPairs, Injection, LayerMaps, identify, refine, transplant
-from contrans_tl.diagnostics import grids, projections, readout, separability, survival
+from contrans_tl.diagnostics import grids, probe_heads, projections, readout, separability, survival
 from contrans_tl.diagnostics.folds import Sides
 from contrans_tl.diagnostics.readout import through_head, token_shift
 from contrans_tl.diagnostics.separability import agreement, separated
@@ -397,3 +398,29 @@ def test_what_has_no_grid_is_one_line_of_error(bridges, maps):
         grids(maps, concept(target, 0, 2))
     with unchecked(), pytest.raises(ValueError, match="weighting 'concept' or 'uniform'"):
         grids(maps, v, weighting="both")
+
+
+# --- a HookedTransformer -----------------------------------------------------------------------------------------------------
+
+if HookedTransformer is not None:
+
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+    def test_a_hooked_transformer_of_the_same_weights_gives_the_same_numbers(bridges, references, folders, architecture):
+        hooked = hooked_transformer(architecture, references[architecture], save_tokenizer(folders[architecture]))
+        reports: list[list[Tensor]] = []
+        for model in (hooked, bridges[architecture]):
+            v, heads = concept(model, 0, 1, 2), refine_heads(model, PAIRS)
+            steps = [*injections(v, layers=[1], positions="last"), *injections(heads, heads=[(0, 2)], strength=5.0)]
+            reports.append(
+                [
+                    heads.vectors,
+                    projections(model, v, TEXTS, injected=steps).scores.values,
+                    survival(model, v, TEXTS, layer=0, random=2, native=v).scores.values,
+                    separability(model, PAIRS, folds=2, splits=10, permutations=19).scores.values,
+                    readout(model, v).scores.values,
+                    probe_heads(model, PAIRS, folds=2, permutations=19, method="mass").scores.values,
+                ]
+            )
+            assert not hooks_on(model)
+        for one, other in zip(*reports, strict=True):
+            assert torch.allclose(one, other, atol=1e-3, rtol=1e-3, equal_nan=True)

@@ -103,13 +103,13 @@ def ticks(axis: "Axes", rows: Sequence[object], columns: Sequence[object]) -> No
 
 def band(
     axis: "Axes",
-    x: Sequence[float],
     values: Sequence[float],
     low: Sequence[float],
     high: Sequence[float],
     style: dict[str, Any],
     label: str,
 ) -> None:
-    """A line with the interval around it."""
+    """A line with the interval around it, over 0, 1, 2, ..."""
+    x = range(len(values))
     axis.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
     axis.plot(x, values, label=label, markersize=4, linewidth=1.4, **style)

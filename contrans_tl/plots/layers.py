@@ -43,7 +43,7 @@ def projections_figure(found: Projections) -> "Figure":
     panels[0].set_ylabel("after layer", fontsize=8)
     for k, (run, style) in enumerate(zip(found.scores.axes["run"], (_CLEAN, _OURS), strict=False)):
         values, low, high = (x.values[k, :, -1].tolist() for x in (found.scores, found.low, found.high))
-        band(last, range(len(layers)), values, low, high, style, run)
+        band(last, values, low, high, style, run)
     _by_layer(last, layers)
     last.axhline(0.0, color="#111111", linewidth=0.8)
     last.set_ylabel(f"projection ({found.scores.unit})", fontsize=8)
@@ -61,7 +61,7 @@ def survival_figure(found: Survival) -> "Figure":
     for m, (axis, measure) in enumerate(zip(figure.subplots(1, len(measures)), measures, strict=True)):
         for k, (vector, style) in enumerate(zip(found.scores.axes["vector"], (_OURS, _NULL), strict=True)):
             values, low, high = (x.values[k, m].tolist() for x in (found.scores, found.low, found.high))
-            band(axis, range(len(layers)), values, low, high, style, vector)
+            band(axis, values, low, high, style, vector)
         _by_layer(axis, layers)
         axis.set_title({"size": "size (× injected)"}.get(measure, measure), fontsize=9)
         if measure.startswith("cosine"):
@@ -81,7 +81,7 @@ def separability_figure(found: Separability) -> "Figure":
     figure = new_figure(width=11.0, height=2.9)
     for m, (axis, measure) in enumerate(zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True)):
         values, low, high, null = (x.values[m].tolist() for x in (found.scores, found.low, found.high, found.null))
-        band(axis, range(len(layers)), values, low, high, _OURS, "pairs")
+        band(axis, values, low, high, _OURS, "pairs")
         if not np.isnan(null).all():
             axis.plot(range(len(layers)), null, label="95% of permutations", markersize=4, linewidth=1.2, **_NULL)
         _by_layer(axis, layers)

@@ -32,7 +32,7 @@ def grid_figure(maps: LayerMaps, concept: ConceptVector | None = None) -> "Figur
     figure, axes = grid_axes(len(layers[0]), len(layers[1]), widths)
     for axis, (name, grid) in zip(axes, panels.items(), strict=False):
         # Shades span 0 to 1, not the grid's own range: layers that all fit alike shall look alike.
-        heat_map(axis, grid.numpy(), *layers, span=(0, 1))
+        heat_map(axis, grid.numpy(), *layers, span=(0.0, 1.0))
         axis.set_xlabel("target layer", fontsize=8)
         axis.set_title(name, fontsize=9)
     axes[0].set_ylabel("source layer", fontsize=8)
