@@ -20,6 +20,7 @@ TOLERANCE = 1e-5
 """as for the residual stream; a vector at one wrong token or head changes logits by more than 0.01."""
 N_HEADS, D_HEAD = 4, D_MODEL // 4
 TOKENS = torch.tensor([[0, 41, 77, 130, 9, 250]])
+NEW = 3
 PROMPTS = ["the quick brown fox", "a", "a letter made me feel"]
 PAIRS = ContrastPairs("happiness", ("a letter made me feel happy", "happy dog"), ("the lazy dog", "a river feels lazy"))
 OUT = {"llama": "self_attn.o_proj", "qwen2": "self_attn.o_proj", "gemma2": "self_attn.o_proj"}
@@ -150,7 +151,7 @@ def by_hand(bridges: dict[str, Any], references: dict[str, Any]) -> dict[tuple[s
             for prompt in PROMPTS:
                 ids = model.to_tokens(prompt)[0].tolist()
                 text = list(ids)
-                for _ in range(4):
+                for _ in range(NEW):
                     where = WHERE[positions](len(ids), len(text))
                     logits = logits_by_hand(references[name], name, text, (0, 1), v.at(0, 1), where)
                     text.append(int(logits[-1].argmax()))
@@ -164,11 +165,11 @@ def by_hand(bridges: dict[str, Any], references: dict[str, Any]) -> dict[tuple[s
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generation_with_a_steered_head_is_that_of_hugging_face_by_hand(bridges, by_hand, architecture, positions, cache):
     model = bridges[architecture]
-    options = dict(max_new_tokens=4, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False)
+    options = dict(max_new_tokens=NEW, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False)
     with transplant(model, 4.0 * vectors(model, (0, 1)), positions=positions):
-        batched = model.generate(PROMPTS, use_past_kv_cache=cache, **options)[:, -4:].tolist()
-        single = [model.generate(prompt, use_past_kv_cache=cache, **options)[0, -4:].tolist() for prompt in PROMPTS]
-    assert batched == single == by_hand[architecture, positions]
+        batched = model.generate(PROMPTS, use_past_kv_cache=cache, **options)[:, -NEW:].tolist()
+        single = model.generate(PROMPTS[2], use_past_kv_cache=cache, **options)[0, -NEW:].tolist()
+    assert batched == by_hand[architecture, positions] and single == batched[2]
     assert not hooks_on(model)
 
 

@@ -14,6 +14,7 @@ from contrans_tl.diagnostics.scores import heads, layers
 from contrans_tl.diagnostics.separability import MEASURES
 
 SIZES = [(3, 4), (40, 64)]
+"""Of layers and heads."""
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -27,6 +28,12 @@ def banded(axes: dict[str, Any]) -> dict[str, Scores]:
 
 def shown(figure: Any) -> list[Any]:
     return [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+
+
+def named(figure: Any) -> Any:
+    """The figure with every axis named; `overlapping` renders it."""
+    assert all(axis.get_xlabel() for axis in shown(figure)), "an axis without a name"
+    return figure
 
 
 def shades(axis: Any) -> torch.Tensor:
@@ -43,7 +50,7 @@ def probes(n: int, m: int) -> HeadProbes:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_probe_figure_shows_every_head_and_the_threshold(size):
     found = probes(*size)
-    places, order = shown(drawn(figure := plots.probes_figure(found)))
+    places, order = shown(named(figure := plots.probes_figure(found)))
     assert torch.equal(shades(places), found.scores.values) and figure.get_figwidth() < 16
     above = found.scores.values[found.scores.values > 0.9]
     assert len(order.lines[0].get_xdata()) == len(above) and [0.9, 0.9] in heights(order)
@@ -51,7 +58,7 @@ def test_the_probe_figure_shows_every_head_and_the_threshold(size):
     assert not overlapping(figure)
 
 
-@pytest.mark.parametrize(("size", "prompts"), [((3, 4), 1), ((40, 60), 1), ((6, 12), 8)])
+@pytest.mark.parametrize(("size", "prompts"), [((3, 4), 1), ((40, 40), 1), ((6, 12), 8)])
 def test_the_projection_figure_shows_the_stream_and_what_changed_with_zero_in_white(size, prompts):
     axes = {
         "run": ("clean", "transplanted"),
@@ -59,7 +66,7 @@ def test_the_projection_figure_shows_the_stream_and_what_changed_with_zero_in_wh
         "position": tuple(f"{i} ' w{i}'" for i in range(size[1])),
     }
     found = Projections(about="projection on calm", prompts=prompts, **banded(axes))
-    clean, change, last = shown(figure := drawn(plots.projections_figure(found)))
+    clean, change, last = shown(figure := named(plots.projections_figure(found)))
     assert torch.equal(shades(clean), found.scores.values[0]) and torch.allclose(shades(change), found.change.values)
     low, high = change.images[0].get_clim()
     assert low == -high
@@ -67,7 +74,7 @@ def test_the_projection_figure_shows_the_stream_and_what_changed_with_zero_in_wh
     assert clean.get_ylim()[0] < clean.get_ylim()[1], "the first layer at the bottom"
     assert not overlapping(figure)
     alone = Projections(about="x", prompts=1, **banded({**axes, "run": ("clean",)}))
-    assert len(shown(drawn(plots.projections_figure(alone)))) == 2
+    assert len(shown(plots.projections_figure(alone))) == 2
 
 
 def test_below_zero_is_told_from_above_without_colour():
@@ -85,7 +92,7 @@ def test_below_zero_is_told_from_above_without_colour():
 def test_the_survival_figure_has_a_panel_for_each_measure_with_the_random_vectors_beside_it(n, measures):
     axes = {"vector": ("concept", "random"), "measure": measures, "layer": layers(n)}
     found = Survival(about="calm × 2 injected", layer=0, strength=2.0, **banded(axes))
-    panels = shown(figure := drawn(plots.survival_figure(found)))
+    panels = shown(figure := named(plots.survival_figure(found)))
     for m, panel in enumerate(panels):
         assert heights(panel)[:2] == [pytest.approx(found.scores.values[k, m].tolist()) for k in (0, 1)]
         assert len(panel.collections) == 2
@@ -100,31 +107,31 @@ def test_the_separability_figure_shows_intervals_and_null(n):
     values = banded(axes)
     values["low"].values[3] = values["high"].values[3] = float("nan")
     found = Separability(about="calm", null=Scores(null, axes), **values)
-    panels = shown(figure := drawn(plots.separability_figure(found)))
+    panels = shown(figure := named(plots.separability_figure(found)))
     assert [len(panel.lines) for panel in panels] == [2, 2, 2, 1]
     assert heights(panels[0]) == [pytest.approx(found.scores.values[0].tolist()), pytest.approx(null[0].tolist())]
     assert not overlapping(figure)
 
 
-@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("n", [1, 24])
 def test_the_readout_figure_writes_the_tokens_as_they_are(n):
     tokens = tuple((("$a$", " {b}", "\n"), (" c", "d", "e")) for _ in range(n))
     axes = {"layer": layers(n), "way": ("up", "down"), "rank": ("1", "2", "3")}
     found = Readout(about="calm", scores=Scores(numbers(n, 2, 3), axes), tokens=tokens)
-    figure = drawn(plots.readout_figure(found))
+    figure = named(plots.readout_figure(found))
     cells = [text.get_text() for axis in shown(figure) for text in axis.texts]
     assert set(cells) == {r"\$a\$", "{b}", r"'\n'", "c", "d", "e"} and len(cells) == 6 * n
     assert not overlapping(figure)
 
 
-@pytest.mark.parametrize("size", [(3, 4), (32, 40)])
+@pytest.mark.parametrize("size", [(3, 4), (18, 24)])
 def test_the_grids_figure_shows_every_measure_of_every_pair(size):
     axes = {"measure": ("R2", "coverage", "cosine to native", "effect"), "source_layer": layers(size[0])}
     axes["target_layer"] = layers(size[1])
     values = 1 - torch.rand(4, *size, generator=torch.Generator().manual_seed(0))
     values[2, 0, 0] = float("nan")
     found = Grids(about="calm", scores=Scores(values, axes), metric="token_accuracy", base=0.1)
-    r2, cosine, effect, share = shown(figure := drawn(plots.grids_figure(found)))
+    r2, cosine, effect, share = shown(figure := named(plots.grids_figure(found)))
     for axis, measure in ((r2, 0), (cosine, 2), (effect, 3)):
         assert torch.equal(shades(axis).nan_to_num(9), values[measure].nan_to_num(9))
     assert "×" in [text.get_text() for text in cosine.texts] and effect.get_title() == "gain in token accuracy"

@@ -44,14 +44,14 @@ def test_the_head_that_was_planted_is_found_and_no_other(method):
 def test_on_labels_that_mean_nothing_p_values_and_threshold_keep_their_rates(method):
     of = sides(24)
     fold, small, alarms = of.folds(4, seed=0), [], 0
-    for seed in range(30):
+    for seed in range(20):
         labels = torch.cat([of.side[None], of.permuted(39, seed=seed + 100)])
         found, null = (x := accuracies(drawn(6, 24, seed=seed), labels, fold, method))[0], x[1:]
         small.append(p_values(found, null) <= 0.1)
         alarms += bool((found > null.amax(1).quantile(0.95, interpolation="higher")).any())
-    # 180 p-values: a rate of 10% has a standard error of 2.2%; discrete accuracies make it a little less than 10%
-    assert 0.02 < float(torch.stack(small).double().mean()) < 0.17
-    assert alarms <= 5  # of 30, at 5%: more than 5 once in 300 times
+    # 120 p-values: a rate of 10% has a standard error of 2.7%; discrete accuracies make it a little less than 10%
+    assert 0.02 < float(torch.stack(small).double().mean()) < 0.19
+    assert alarms <= 4  # of 20, at 5%: more than 4 once in 400 times
 
 
 def test_a_probe_scores_no_row_that_it_was_fitted_on():
