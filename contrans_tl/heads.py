@@ -3,13 +3,14 @@
     z = what a head gathers before W_O, `blocks.{l}.attn.hook_z`, at the last real token
 
     vectors = refine_heads(source, pairs)                             of every head, eq. 1 of the paper on z
-    maps = fit_head_maps(source, target, sentences, source_heads=[(2, 1)], target_heads=[(3, 0), (4, 2)])
-    moved = reformulate_heads(vectors, maps, heads={(3, 0): (2, 1)})  {target head: source head}
+    maps = fit_head_maps(source, target, sentences, target_heads=[(3, 0), (4, 2)])
+    moved = reformulate_heads(vectors, maps)
     with transplant(target, moved, heads=[(3, 0)], strength=4.0): ...
 
 A head's z is a row of d_head numbers as the residual stream is one of d_model: maps between heads are maps between layers
-(`LayerMaps`), a head standing for a layer. Heads of two models correspond to nothing by their number; R2 tells which of the
-source's a target's can be predicted from. Inference-time intervention (Li et al., 2306.03341) adds such vectors to the heads
+(`LayerMaps`), a head standing for a layer. What one head of the target gathers, no one head of the source does: by default all
+source heads together, side by side, are mapped to each target head. One by one (`pooled=False`) a head is mapped to a head, and
+R2 tells which of the source's comes nearest. Inference-time intervention (Li et al., 2306.03341) adds such vectors to the heads
 that `diagnostics.probe_heads` finds.
 """
 
@@ -162,22 +163,25 @@ def _space(model: ModelId, n_heads: int, d_head: int) -> ModelId:
 
 @dataclass(frozen=True, eq=False)
 class HeadMaps:
-    """The affine maps from each of some source heads to each of some target heads."""
+    """The affine maps to each of some target heads, from some source heads together or from each of them."""
 
     maps: LayerMaps
-    """With a head, number layer * n_heads + head, for a layer."""
+    """With a head, number layer * n_heads + head, for a layer; pooled source heads are one layer."""
     source: ModelId
     target: ModelId
     source_heads: tuple[Head, ...]
     target_heads: tuple[Head, ...]
+    pooled: bool
 
     @property
     def r2(self) -> Float[Tensor, "source_place target_place"]:
-        """Held-out R2 of every pair of heads."""
+        """Held-out R2 of every pair of heads; of pooled source heads one row."""
         return self.maps.r2
 
     def best(self) -> dict[Head, Head]:
-        """For every target head the source head that predicts it best, held out."""
+        """For every target head the source head that predicts it best, held out. ValueError for pooled ones."""
+        if self.pooled:
+            raise ValueError("these maps start from all source heads together: fit them with pooled=False to pair heads.")
         best = self.r2.nan_to_num(-torch.inf).argmax(0).tolist()
         return {head: self.source_heads[s] for head, s in zip(self.target_heads, best, strict=True)}
 
@@ -189,13 +193,18 @@ def fit_head_maps(
     *,
     source_heads: Sequence[Head] | None = None,
     target_heads: Sequence[Head] | None = None,
+    pooled: bool = True,
     rows: Rows = "words",
     ridge: float | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
 ) -> HeadMaps:
     """Ridge maps between heads, fitted as those between layers are (`fit_maps`): on z at the end of every word of the same
-    sentences in both models. All pairs of all heads are many in large models: choose heads.
+    sentences in both models. All heads of a large model are wide rows, and one by one many pairs: choose heads.
+
+    Args:
+        source_heads, target_heads: (layer, head); all by default.
+        pooled: map all source heads together to each target head; else each to each.
 
     Raises:
         ValueError: a head that a model does not have, or as `fit_maps`.
@@ -208,8 +217,16 @@ def fit_head_maps(
     x, y = (collect_heads(model, sentences, heads=of, **options) for model, of in zip((source, target), chosen, strict=True))
     # Kept are rows of any norm: what a head gathers is near 0 wherever it attends to the first token, so that ten times the
     # median norm is no sign of a sink here.
-    maps = LayerMaps.fit(x, y, ridge=ridge, sinks="keep")
-    return HeadMaps(maps, identify(source), identify(target), *chosen)
+    maps = LayerMaps.fit(_side_by_side(x) if pooled else x, y, ridge=ridge, sinks="keep")
+    return HeadMaps(maps, identify(source), identify(target), *chosen, pooled)
+
+
+def _side_by_side(rows: Activations) -> Activations:
+    """All heads as one place."""
+    values = rearrange(rows.values, "row place d -> row 1 (place d)")
+    which = hash_texts([str(rows.layers)])
+    space = replace(rows.model, fingerprint=f"{rows.model.fingerprint}:{which}", n_layers=1, d_model=values.shape[-1])
+    return replace(rows, values=values, layers=(0,), model=space)
 
 
 def reformulate_heads(
@@ -222,7 +239,8 @@ def reformulate_heads(
     """The concept at heads of the target: W v, never the bias.
 
     Args:
-        heads: {target head: source head}; None gives every target head of the maps the source head that predicts it best.
+        heads: of maps between single heads, {target head: source head}; None gives every target head of the maps the source
+            head that predicts it best. Pooled maps carry to all their target heads.
         weighting: as in `reformulate`.
 
     Raises:
@@ -230,27 +248,33 @@ def reformulate_heads(
     """
     if not vectors.model.same_space(maps.source):
         raise ValueError(f"the concept {vectors.name!r} lives in {vectors.model}; these maps start in {maps.source}.")
-    pairing = dict(maps.best() if heads is None else heads)
+    if weighting not in get_args(Weighting):
+        raise ValueError(f"expected weighting 'concept' or 'uniform'; got {weighting!r}.")
+    if maps.pooled and heads is not None:
+        raise ValueError("these maps start from all source heads together: leave out heads=, or fit them with pooled=False.")
+    pairing = {} if maps.pooled else dict(maps.best() if heads is None else heads)
     for t, s in pairing.items():
         if s not in maps.source_heads or t not in maps.target_heads:
             raise ValueError(f"expected {{target head: source head}} of the maps; got {t}: {s}, which they do not have.")
-    if weighting not in get_args(Weighting):
-        raise ValueError(f"expected weighting 'concept' or 'uniform'; got {weighting!r}.")
-    number = dict(zip(maps.source_heads, maps.maps.source.layers, strict=True))
+    # (source heads, their place in the maps, target heads)
+    routes: list[tuple[tuple[Head, ...], int, list[Head]]] = [(maps.source_heads, 0, list(maps.target_heads))]
+    if not maps.pooled:
+        number = dict(zip(maps.source_heads, maps.maps.source.layers, strict=True))
+        of = {s: [t for t in maps.target_heads if pairing.get(t) == s] for s in sorted(set(pairing.values()))}
+        routes = [((s,), number[s], targets) for s, targets in of.items()]
     carried: dict[Head, Tensor] = {}
-    coverage: dict[Head, float] = {}
-    for s in sorted(set(pairing.values())):
-        targets = [t for t in maps.target_heads if pairing.get(t) == s]
-        only = maps.maps.only([number[s]], [maps.maps.target.layers[maps.target_heads.index(t)] for t in targets])
-        one = ConceptVector(vectors.at(*s)[None], (number[s],), vectors.name, maps.maps.source.model)
+    found: list[dict[str, Any]] = []
+    for sources, place, targets in routes:
+        only = maps.maps.only([place], [maps.maps.target.layers[maps.target_heads.index(t)] for t in targets])
+        v = torch.cat([vectors.at(*s) for s in sources])[None]
+        one = ConceptVector(v, (place,), vectors.name, maps.maps.source.model)
         used = only.reweighted(one) if weighting == "concept" else only
-        carried |= dict(zip(targets, used.carry(one.vectors)[0], strict=True))
-        coverage[s] = float(only.coverage(one))
+        carried |= dict(zip(targets, used.carry(v)[0], strict=True))
+        found.append({"from": sources, "to": targets, "coverage": float(only.coverage(one))})
     about = {
         "carried_from": vectors.model.to_dict(),
-        "heads": [[list(pairing[t]), list(t)] for t in carried],
+        "heads": found,
         "weighting": weighting,
-        "coverage": [coverage[pairing[t]] for t in carried],
         "texts_hash": maps.maps.source.texts_hash,
         "refined": vectors.provenance,
     }

@@ -242,7 +242,7 @@ def test_heads_of_another_model_and_heads_that_do_not_exist_are_refused(bridges)
 
 def test_a_head_map_is_the_affine_map_of_its_z_and_carries_the_vector_without_the_bias(bridges):
     source, target = bridges["llama"], bridges["gpt2"]
-    maps = fit_head_maps(source, target, SENTENCES, source_heads=[(1, 2), (0, 3)], target_heads=[(2, 0), (0, 1)])
+    maps = fit_head_maps(source, target, SENTENCES, source_heads=[(1, 2), (0, 3)], target_heads=[(2, 0), (0, 1)], pooled=False)
     assert maps.r2.shape == (2, 2)
     x, y = (collect_heads(m, SENTENCES, heads=h, rows="words") for m, h in ((source, [(1, 2)]), (target, [(0, 1)])))
     direct = fit_affine(x.at(1 * N_HEADS + 2), y.at(1), sentence=x.sentence, ridge=maps.maps.ridge(1 * N_HEADS + 2))
@@ -256,7 +256,7 @@ def test_a_head_map_is_the_affine_map_of_its_z_and_carries_the_vector_without_th
 
 def test_a_model_mapped_onto_itself_finds_its_own_heads_and_keeps_their_vectors(bridges):
     model, chosen = bridges["gpt2"], [(2, 1), (0, 0), (1, 3)]
-    maps = fit_head_maps(model, model, SENTENCES, source_heads=chosen, target_heads=chosen, ridge=1e-8)
+    maps = fit_head_maps(model, model, SENTENCES, source_heads=chosen, target_heads=chosen, ridge=1e-8, pooled=False)
     assert maps.best() == {head: head for head in chosen}
     v = refine_heads(model, PAIRS)
     for weighting in ("uniform", "concept"):
@@ -265,9 +265,30 @@ def test_a_model_mapped_onto_itself_finds_its_own_heads_and_keeps_their_vectors(
             assert torch.nn.functional.cosine_similarity(moved.at(*head), v.at(*head), dim=0) > 0.99
 
 
+def test_pooled_heads_are_mapped_side_by_side(bridges):
+    source, target, chosen = bridges["llama"], bridges["gpt2"], [(2, 1), (0, 3)]
+    maps = fit_head_maps(source, target, SENTENCES, source_heads=chosen, target_heads=[(2, 0), (0, 1)])
+    assert maps.r2.shape == (1, 2)
+    x, y = (collect_heads(m, SENTENCES, heads=h, rows="words") for m, h in ((source, chosen), (target, [(0, 1)])))
+    direct = fit_affine(x.values.flatten(1), y.at(1), sentence=x.sentence, ridge=maps.maps.ridge(0))
+    v = refine_heads(source, PAIRS)
+    moved = reformulate_heads(v, maps, weighting="uniform")
+    assert moved.heads == ((2, 0), (0, 1)) and moved.provenance["heads"][0]["from"] == tuple(chosen)
+    expected = direct.direction(torch.cat([v.at(2, 1), v.at(0, 3)]))
+    assert torch.allclose(moved.at(0, 1), expected, rtol=1e-3, atol=1e-4)
+    itself = fit_head_maps(source, source, SENTENCES, target_heads=[(1, 3)], ridge=1e-8)
+    for weighting in ("uniform", "concept"):
+        [back] = reformulate_heads(v, itself, weighting=weighting).vectors
+        assert torch.nn.functional.cosine_similarity(back, v.at(1, 3), dim=0) > 0.99
+    with pytest.raises(ValueError, match="all source heads together: leave out heads="):
+        reformulate_heads(v, maps, heads={(0, 1): (2, 1)})
+    with pytest.raises(ValueError, match="pooled=False"):
+        maps.best()
+
+
 def test_what_no_head_map_has_is_refused(bridges):
     model = bridges["gpt2"]
-    maps = fit_head_maps(model, model, SENTENCES, source_heads=[(0, 0)], target_heads=[(1, 1)])
+    maps = fit_head_maps(model, model, SENTENCES, source_heads=[(0, 0)], target_heads=[(1, 1)], pooled=False)
     with pytest.raises(ValueError, match="lives in llama"):
         reformulate_heads(vectors(bridges["llama"], (0, 0)), maps)
     with pytest.raises(ValueError, match=r"got \(1, 2\): \(0, 0\)"):

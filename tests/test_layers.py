@@ -87,6 +87,22 @@ def test_under_an_injection_it_is_what_a_transplant_makes_of_each_prompt_alone(b
     assert not hooks_on(model)
 
 
+def test_the_last_token_is_the_last_real_one_whatever_pads(folders, tmp_path):
+    """Batches are padded with id 0; the tokenizer pads with another."""
+    import shutil
+
+    from contrans_tl import load_model
+
+    shutil.copytree(folders["llama"], tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama", pad_is_eos=False)
+    model = load_model(tmp_path / "llama", device="cpu")
+    assert model.tokenizer.pad_token_id != 0
+    v = concept(model, 1)
+    change = projections(model, v, TEXTS, injected=injections(v, strength=2.0, positions="last"), last=2).change
+    assert change.at(layer="L1", position="-1") == pytest.approx(2 * float(v.at(1).norm()), rel=1e-4)
+    assert abs(change.at(layer="L1", position="-2")) < TOLERANCE
+
+
 def test_an_injection_into_a_head_is_seen_in_the_stream_from_its_layer_on(bridges):
     model = bridges["llama"]
     pairs = ContrastPairs("x", (TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[3]))
