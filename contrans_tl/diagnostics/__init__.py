@@ -5,6 +5,26 @@ Each is a function from models, concepts and prompts to a frozen report: `.score
 source with its vector, the target with its own and the target with the carried one can be laid side by side.
 """
 
+from contrans_tl.diagnostics.grids import Grids, grids
+from contrans_tl.diagnostics.layers import Projections, Survival, projections, survival
+from contrans_tl.diagnostics.probes import HeadProbes, probe_heads
+from contrans_tl.diagnostics.readout import Readout, readout
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
+from contrans_tl.diagnostics.separability import Separability, separability
 
-__all__ = ["Diagnosis", "Scores"]
+__all__ = [
+    "Diagnosis",
+    "Grids",
+    "HeadProbes",
+    "Projections",
+    "Readout",
+    "Scores",
+    "Separability",
+    "Survival",
+    "grids",
+    "probe_heads",
+    "projections",
+    "readout",
+    "separability",
+    "survival",
+]

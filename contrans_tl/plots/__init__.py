@@ -8,21 +8,37 @@
     quality_figure(assess(maps, (9, 18), concept=concept))
     learning_curve_figure(learning_curve(maps, (9, 18)))
     splice_figure(splice(source, target, maps, texts, layers=[(9, 18)]))
+    projections_figure, survival_figure, separability_figure, readout_figure, grids_figure, probes_figure
+                                                          of the reports of `diagnostics`
 
 Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
 direction, so that the figures read in grey and by colour-blind eyes.
 """
 
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
+from contrans_tl.plots.layers import (
+    grids_figure,
+    projections_figure,
+    readout_figure,
+    separability_figure,
+    survival_figure,
+)
 from contrans_tl.plots.maps import grid_figure, learning_curve_figure, quality_figure, splice_figure
+from contrans_tl.plots.probes import probes_figure
 
 __all__ = [
     "arms_figure",
     "differences_figure",
     "grid_figure",
+    "grids_figure",
     "learning_curve_figure",
+    "probes_figure",
+    "projections_figure",
     "quality_figure",
+    "readout_figure",
+    "separability_figure",
     "splice_figure",
     "steerability_figure",
+    "survival_figure",
     "sweep_figure",
 ]
