@@ -48,6 +48,9 @@ PAIRS = ContrastPairs(
         "a lazy river over the dog",
         "brown dog over a quick river",
         "the lazy letter",
+        "a quick brown dog",
+        "the river over a lazy dog",
+        "a letter over the quick river",
         "quick lazy dog over the river",
     ),
     (
@@ -55,6 +58,9 @@ PAIRS = ContrastPairs(
         "a brown river over the dog",
         "brown dog over a brown river",
         "the brown letter",
+        "a river brown dog",
+        "the river over a brown dog",
+        "a letter over the brown river",
         "brown over the dog a river",
     ),
 )

@@ -6,5 +6,6 @@ source with its vector, the target with its own and the target with the carried 
 """
 
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
+from contrans_tl.diagnostics.writing import Writers, writers
 
-__all__ = ["Diagnosis", "Scores"]
+__all__ = ["Diagnosis", "Scores", "Writers", "writers"]
