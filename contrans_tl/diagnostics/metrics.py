@@ -63,9 +63,20 @@ class Asked:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    def tried(self, prompts: Int[Tensor, " prompt"], d_vocab: int) -> Float[Tensor, " prompt"]:
+        """The metric of some prompts on made-up logits. ValueError where it has the wrong shape."""
+        generator = torch.Generator().manual_seed(int(prompts[0]))
+        logits, base = torch.randn(2, len(prompts), d_vocab, generator=generator)
+        return self.metric(logits, base, prompts)
+
+    def fingerprint(self, d_vocab: int) -> str:
+        """Stands for the metric and its answers in a file."""
+        values = torch.cat([self.tried(some, d_vocab) for some in torch.arange(len(self)).split(8)])
+        return " ".join(f"{value:.5g}" for value in values.tolist())
+
 
 def ask(model: HookedModel, prompts: Prompts, metric: "Ready | Metric | Callable[[Any], Any]") -> Asked:
-    """Read the prompts and try the metric on made-up logits, before any forward pass.
+    """Read the prompts, and try the metric on made-up logits before any forward pass.
 
     Raises:
         ValueError: no prompts, a metric that needs questions where there are texts, an answer that the first token does not
@@ -82,8 +93,7 @@ def ask(model: HookedModel, prompts: Prompts, metric: "Ready | Metric | Callable
         read = []
         sequences = tuple(encoding.ids for encoding in encode(model, [str(prompt) for prompt in prompts]))
     asked = Asked(sequences, _metric(model, read, metric))
-    try_out = torch.randn(len(sequences), model.cfg.d_vocab, generator=torch.Generator().manual_seed(0))[:3]
-    asked.metric(try_out, try_out, torch.arange(len(try_out)))
+    asked.tried(torch.arange(min(len(asked), 3)), model.cfg.d_vocab)
     return asked
 
 
