@@ -351,16 +351,35 @@ def frozen_norm(norm: Any, d_model: int, like: Tensor) -> FrozenNorm:
     return FrozenNorm(gain, (up + down) / 2, centres)
 
 
-def attention_weights(model: HookedModel, layer: int) -> dict[str, Tensor | None]:
-    """ "Q", "K", "V": "head d_model d_head", and their biases "bQ", "bK", "bV": "head d_head" or None. Keys and values that
+def attention_norm(model: HookedModel, layer: int) -> Any:
+    """The norm through which a layer's attention sees the stream. ValueError for an architecture without one."""
+    norm = getattr(model.blocks[layer], "ln1", None)
+    if norm is None or f"blocks.{layer}.ln1.hook_scale" not in model.hook_dict:
+        raise ValueError(
+            f"{model.cfg.model_name}: no norm between the stream and the attention of layer {layer}; what its heads read is "
+            "not told for this architecture."
+        )
+    return norm
+
+
+def norm_scale_site(layer: int) -> str:
+    """Hook point of that norm's scale, "prompt pos 1"."""
+    return f"blocks.{layer}.ln1.hook_scale"
+
+
+def attention_weights(model: HookedModel, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """W_Q, W_K, W_V as "q", "k", "v": "head d_model d_head", and the biases there are: "head d_head". Keys and values that
     several heads share stand there once, as `hook_k` and `hook_v` show them."""
-    attention, found = model.blocks[layer].attn, {}
-    for name in "QKV":
-        weight, bias = getattr(attention, f"W_{name}"), getattr(attention, f"b_{name}", None)
-        shared = 1 if name == "Q" else len(weight) // key_heads(model)
+    attention = model.blocks[layer].attn
+    weights, biases = {}, {}
+    for name in "qkv":
+        weight, bias = getattr(attention, f"W_{name.upper()}"), getattr(attention, f"b_{name.upper()}", None)
+        shared = 1 if name == "q" else len(weight) // key_heads(model)
         # A HookedTransformer repeats shared weights for every head.
-        found[name], found[f"b{name}"] = weight[::shared], None if bias is None else bias[::shared]
-    return found
+        weights[name] = weight[::shared].detach()
+        if bias is not None:
+            biases[name] = bias[::shared].detach()
+    return weights, biases
 
 
 def key_heads(model: HookedModel) -> int:

@@ -14,7 +14,7 @@ Two shapes, GPT-2's (LayerNorm, learned positions) and Llama's (RMSNorm, rotary,
                "k" its key reads it: without it the head attends to the bos, with it to the positions that have it, and writes
                    the value of `token` to `answer`. (A change of the keys at *all* positions alike changes no attention: for
                    this one inject at some positions only.)
-               In the Llama shape head 0 of that layer has the same keys and values, but writes nothing of them.
+               In the Llama shape head 0 of that layer has the same keys and values, but next to nothing of them is written.
     metric     logit of " letter" minus logit of " river" at the last real token: the unembedding reads `answer`.
 
 All directions are of unit length, orthogonal to one another and to the vector of ones, so that LayerNorm's mean does not touch

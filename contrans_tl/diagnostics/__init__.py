@@ -5,7 +5,20 @@ Each is a function from models, concepts and prompts to a frozen report: `.score
 source with its vector, the target with its own and the target with the carried one can be laid side by side.
 """
 
+from contrans_tl.diagnostics.paths import PathEffects, patch_paths
+from contrans_tl.diagnostics.reading import PatternChanges, Readers, pattern_changes, readers
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
 from contrans_tl.diagnostics.writing import Writers, writers
 
-__all__ = ["Diagnosis", "Scores", "Writers", "writers"]
+__all__ = [
+    "Diagnosis",
+    "PathEffects",
+    "PatternChanges",
+    "Readers",
+    "Scores",
+    "Writers",
+    "patch_paths",
+    "pattern_changes",
+    "readers",
+    "writers",
+]

@@ -32,7 +32,7 @@ from torch import Tensor
 from contrans_tl.activations import check_texts
 from contrans_tl.data import ContrastPairs
 from contrans_tl.diagnostics.runs import check_concept
-from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, layers
+from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers
 from contrans_tl.evaluation.intervals import Estimate, mean_differences
 from contrans_tl.models import (
     Hook,
@@ -97,9 +97,7 @@ class Writers(Diagnosis):
 
     def to_dataframe(self) -> "DataFrame":
         """A row for each part: its value with its interval and chance, and the means of both sides."""
-        return self.scores.to_dataframe().assign(
-            low=[one.low for one in self.intervals],
-            high=[one.high for one in self.intervals],
+        return interval_table(self.scores, self.intervals).assign(
             chance=self.chance.tolist(),
             positive=self.positive.mean(0).tolist(),
             negative=self.negative.mean(0).tolist(),

@@ -48,8 +48,14 @@ def number_map(
     """
     known = np.abs(values[np.isfinite(values)])
     limit = limit or float(known.max(initial=0.0)) or 1.0
-    span = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "Greys", "vmin": 0.0, "vmax": limit}
-    image = axis.imshow(values, aspect="auto", origin="lower" if rows[0].startswith("L") else "upper", **span)
+    image = axis.imshow(
+        values,
+        aspect="auto",
+        origin="lower" if rows[0].startswith("L") else "upper",
+        cmap="PuOr_r" if signed else "Greys",
+        vmin=-limit if signed else 0.0,
+        vmax=limit,
+    )
     axis.set_facecolor("#f2f2f2")
     for row, column in np.argwhere(np.isnan(values)):
         axis.plot(column, row, marker="x", color="#bbbbbb", markersize=2.5, markeredgewidth=0.6)
