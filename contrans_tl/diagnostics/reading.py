@@ -279,17 +279,15 @@ def check_formula(model: HookedModel, ids: Sequence[int], above: Sequence[int]) 
 
 def _inverse_scales(model: HookedModel, prompts: Sequence[Batch], above: Sequence[int]) -> list[float]:
     """Of every layer, the mean of 1 / scale of its first norm over all real tokens."""
-    sums, tokens = [0.0] * len(above), 0
-
-    def look(scale: Float[Tensor, "prompt pos 1"], hook: Any, *, slot: int, real: Bool[Tensor, "prompt pos"]) -> None:
-        sums[slot] += float((1 / scale[..., 0].double())[real.to(scale.device)].sum())
-
+    sums, tokens = torch.zeros(len(above)).double(), 0
     for batch in prompts:
+        # Kept and not summed in the hook: a HookedTransformer norms for q, k and v apart, and its hook fires three times.
+        scales: dict[str, Tensor] = {}
+        run_blocks(model, batch.tokens, batch.mask, keep([norm_scale_site(m) for m in above], scales), above[-1])
         real = batch.mask.bool()
         tokens += int(real.sum())
-        hooks = [(norm_scale_site(m), partial(look, slot=slot, real=real)) for slot, m in enumerate(above)]
-        run_blocks(model, batch.tokens, batch.mask, hooks, above[-1])
-    return [total / tokens for total in sums]
+        sums += torch.stack([(1 / scales[norm_scale_site(m)][..., 0].double())[real].sum().cpu() for m in above])
+    return (sums / tokens).tolist()
 
 
 def _reads(model: HookedModel, layer: int, vectors: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector by head"]:
