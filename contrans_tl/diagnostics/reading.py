@@ -282,11 +282,12 @@ def _inverse_scales(model: HookedModel, prompts: Sequence[Batch], above: Sequenc
     sums, tokens = torch.zeros(len(above)).double(), 0
     for batch in prompts:
         # Kept and not summed in the hook: a HookedTransformer norms for q, k and v apart, and its hook fires three times.
-        scales: dict[str, Tensor] = {}
-        run_blocks(model, batch.tokens, batch.mask, keep([norm_scale_site(m) for m in above], scales), above[-1])
-        real = batch.mask.bool()
+        kept: dict[str, Tensor] = {}
+        run_blocks(model, batch.tokens, batch.mask, keep([norm_scale_site(m) for m in above], kept), above[-1])
+        scales = torch.stack([kept[norm_scale_site(m)][..., 0].double().cpu() for m in above])
+        real = batch.mask.bool().cpu()
         tokens += int(real.sum())
-        sums += torch.stack([(1 / scales[norm_scale_site(m)][..., 0].double())[real].sum().cpu() for m in above])
+        sums += (1 / scales[:, real]).sum(1)
     return (sums / tokens).tolist()
 
 

@@ -8,12 +8,17 @@
     quality_figure(assess(maps, (9, 18), concept=concept))
     learning_curve_figure(learning_curve(maps, (9, 18)))
     splice_figure(splice(source, target, maps, texts, layers=[(9, 18)]))
+    writers_figure(writers(model, concept, pairs, layer=9))           who puts the concept into the stream
+    readers_figure(readers(model, concept, prompts, layer=9))         who takes notice of it
+    patterns_figure(pattern_changes(model, concept, prompts, layer=9))
+    paths_figure(patch_paths(model, concept, questions, layer=9))     through which head it acts
 
 Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
 direction, so that the figures read in grey and by colour-blind eyes.
 """
 
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
+from contrans_tl.plots.heads import paths_figure, patterns_figure, readers_figure, writers_figure
 from contrans_tl.plots.maps import grid_figure, learning_curve_figure, quality_figure, splice_figure
 
 __all__ = [
@@ -21,8 +26,12 @@ __all__ = [
     "differences_figure",
     "grid_figure",
     "learning_curve_figure",
+    "paths_figure",
+    "patterns_figure",
     "quality_figure",
+    "readers_figure",
     "splice_figure",
     "steerability_figure",
     "sweep_figure",
+    "writers_figure",
 ]

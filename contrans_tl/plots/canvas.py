@@ -41,7 +41,7 @@ def number_map(
     signed: bool,
     limit: float | None = None,
 ) -> "AxesImage":
-    """A cell for each number, the first row at the bottom where rows are layers ("L0", ...), NaN hatched.
+    """A cell for each number, the first row at the bottom where rows are layers ("L0", ...), NaN crossed out.
 
     Signed ones are orange above 0 and purple below, as dark as they are far from it up to `limit`; so that they differ in grey
     as well, those below 0 are written as numbers or, where there are too many cells, carry a bar. Others grow darker from 0.
@@ -63,7 +63,7 @@ def number_map(
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 light = abs(value) > 0.6 * limit
-                text = _short(value, limit)
+                text = _short(float(value), limit)
                 axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if light else "black")
     elif signed:
         below = np.argwhere(values < -0.2 * limit)
@@ -77,5 +77,6 @@ def number_map(
 def _short(value: float, limit: float) -> str:
     """As many digits as the largest number of the map needs, so that small ones are short."""
     digits = int(np.clip(1 - np.floor(np.log10(limit)), 0, 3))
-    text = f"{value:.{digits}f}"
-    return text.replace("-0.", "−.").replace("0.", ".", 1) if text.strip("-").startswith("0.") else text.replace("-", "−")
+    text = f"{abs(value):.{digits}f}".removeprefix("0")
+    sign = "−" if value < 0 else ""
+    return sign + text if text.strip(".0") else "0"
