@@ -135,7 +135,7 @@ def test_maps_hold_every_head_and_mark_signs_rings_and_what_was_not_asked(small)
         rings = {(y, x) for line in axis.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
         assert rings == ({(1, 1)} if by == "q" else set())
     paths = drawn(plots.paths_figure(small["PathEffects"])).axes[0]
-    assert len(paths.lines) == 2 * N_HEADS - 2 and len(paths.texts) == 2
+    assert len(paths.lines[0].get_xdata()) == 2 * N_HEADS - 2 and len(paths.texts) == 2
 
 
 def test_below_zero_is_told_apart_without_colour(large):

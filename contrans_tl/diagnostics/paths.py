@@ -28,7 +28,7 @@ from torch import Tensor
 from contrans_tl.diagnostics.metrics import Metric, Prompts, Ready, ask
 from contrans_tl.diagnostics.reading import Places, behind, check_formula, projected, standing
 from contrans_tl.diagnostics.runs import Batch, batches, chunks, keep, read_logits
-from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers
+from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers, signed
 from contrans_tl.evaluation.intervals import Estimate, mean_differences
 from contrans_tl.models import Hook, HookedModel, Site, hook_name, key_heads
 from contrans_tl.refinement import ConceptVector
@@ -216,7 +216,7 @@ def _report(
         about=f"{concept.name} in {concept.model.name}, {strength:g} at layer {layer}, {whole.n} prompts: {metric.name}",
         scores=Scores(values, axes, f"change of the metric{f' in {metric.unit}' if metric.unit else ''}"),
         notes=(
-            f"the transplant itself: {whole.value:+.3g} [{whole.low:+.3g}, {whole.high:+.3g}]",
+            f"the transplant itself: {signed(whole)}",
             f"{apart} of {len(found)} intervals exclude 0",
         ),
         layer=layer,

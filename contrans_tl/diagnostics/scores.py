@@ -123,6 +123,11 @@ class Scores:
         return Scores(values, {name: labels for name, labels in self.axes.items() if name not in axes}, self.unit)
 
 
+def signed(one: Estimate) -> str:
+    """A number that may be above or below 0, with its interval."""
+    return f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]"
+
+
 def interval_table(scores: Scores, intervals: Sequence[Estimate]) -> "DataFrame":
     """The scores as a table with the 95% interval, `low` and `high`, of every place in order."""
     return scores.to_dataframe().assign(low=[one.low for one in intervals], high=[one.high for one in intervals])

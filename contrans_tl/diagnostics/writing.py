@@ -32,7 +32,7 @@ from torch import Tensor
 from contrans_tl.activations import check_texts
 from contrans_tl.data import ContrastPairs
 from contrans_tl.diagnostics.runs import check_concept
-from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers
+from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers, signed
 from contrans_tl.evaluation.intervals import Estimate, mean_differences
 from contrans_tl.models import (
     Hook,
@@ -92,7 +92,7 @@ class Writers(Diagnosis):
 
     def __str__(self) -> str:
         interval = dict(zip(self.scores.axes["part"], self.intervals, strict=True))
-        rows = [f"  {part:<10} {_written(interval[part])}" for part, _ in self.top(8)]
+        rows = [f"  {part:<10} {signed(interval[part])}" for part, _ in self.top(8)]
         return "\n".join([f"Writers: {self.about} ({self.scores.unit})", *rows, *(f"  {note}" for note in self.notes)])
 
     def to_dataframe(self) -> "DataFrame":
@@ -144,7 +144,7 @@ def writers(
         about=f"{concept.name} in {concept.model.name} after layer {layer}, {len(positive)} prompts less {len(negative)}",
         scores=Scores((positive.mean(0) - negative.mean(0)).float(), {"part": parts.labels}, "projection on the unit vector"),
         notes=(
-            f"whole {_written(whole)}; the parts sum to it, off by {completeness:.0e} of the largest at most",
+            f"whole {signed(whole)}; the parts sum to it, off by {completeness:.0e} of the largest at most",
             f"{found} of {len(parts.labels)} parts differ between the sides more than the largest of all would by chance (5%)",
         ),
         layer=layer,
@@ -179,10 +179,6 @@ def chances(
     t = (drawn @ rows).abs() / error.clamp_min(1e-12 * rows.abs().max().clamp_min(1e-300))
     largest = t.amax(1)
     return (largest[:, None] >= t[0] * (1 - 1e-9)).double().mean(0)
-
-
-def _written(one: Estimate) -> str:
-    return f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]"
 
 
 class _Parts:

@@ -57,8 +57,10 @@ def number_map(
         vmax=limit,
     )
     axis.set_facecolor("#f2f2f2")
-    for row, column in np.argwhere(np.isnan(values)):
-        axis.plot(column, row, marker="x", color="#bbbbbb", markersize=2.5, markeredgewidth=0.6)
+    unknown = np.argwhere(np.isnan(values))
+    if len(unknown):
+        crosses = {"marker": "x", "color": "#bbbbbb", "markersize": 2.5, "markeredgewidth": 0.6, "linestyle": "none"}
+        axis.plot(unknown[:, 1], unknown[:, 0], **crosses)  # type: ignore[arg-type]
     if max(values.shape) <= _NUMBERED:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from contrans_tl.diagnostics.paths import PathEffects
 from contrans_tl.diagnostics.reading import PatternChanges, Readers
-from contrans_tl.diagnostics.scores import Scores
+from contrans_tl.diagnostics.scores import Scores, signed
 from contrans_tl.diagnostics.writing import Writers
 from contrans_tl.evaluation.intervals import Estimate
 from contrans_tl.plots.canvas import new_figure, number_map, written
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 12
 """Places that have a bar."""
+_PLACES = {"all": "the vector stands at all positions", "last": "the vector stands at the last token"}
 _ABOVE, _BELOW = "#b35806", "#542788"
 """As in the maps: orange above 0, purple below."""
 
@@ -40,7 +41,7 @@ def writers_figure(report: Writers) -> "Figure":
     bars.set_xlabel("projection, positive less negative prompts", fontsize=8)
     bars.set_title(f"largest of {len(report.intervals)} parts, 95% intervals", fontsize=9)
     whole = report.whole
-    _title(figure, f"Who writes it (all parts together {_written(whole)})\n{report.about}")
+    _title(figure, f"Who writes it (all parts together {signed(whole)})\n{report.about}")
     return figure
 
 
@@ -75,7 +76,7 @@ def patterns_figure(report: PatternChanges) -> "Figure":
     bars.plot(null, range(len(order)), marker="x", color="#111111", markersize=5, linestyle="none")
     bars.set_xlabel("KL in nats (x: random directions of the same length)", fontsize=8)
     bars.set_title("moved most, 95% intervals", fontsize=9)
-    _title(figure, f"Whose attention it moves (the vector stands at the positions {report.positions!r})\n{report.about}")
+    _title(figure, f"Whose attention it moves ({_PLACES[report.positions]})\n{report.about}")
     return figure
 
 
@@ -93,7 +94,7 @@ def paths_figure(report: PathEffects) -> "Figure":
     _bars(axes[-1], report.scores, report.intervals)
     axes[-1].set_xlabel(written(report.scores.unit), fontsize=8)
     axes[-1].set_title("largest, 95% intervals", fontsize=9)
-    _title(figure, f"Through which head it acts (the transplant itself {_written(report.whole)})\n{report.about}")
+    _title(figure, f"Through which head it acts (the transplant itself {signed(report.whole)})\n{report.about}")
     return figure
 
 
@@ -123,10 +124,6 @@ def _bars(axis: "Axes", scores: Scores, intervals: Sequence[Estimate] | None, *,
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     return order
-
-
-def _written(one: Estimate) -> str:
-    return f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]"
 
 
 def _mlps(report: Writers) -> Float[np.ndarray, "layer 1"]:
