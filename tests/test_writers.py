@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, save_tokenizer
 from planted import planted
-from test_hooked_transformer import HookedTransformer, hooked_transformer
+from test_hooked_transformer import SHAPE, HookedTransformer, hooked_transformer
 
 from contrans_tl import ConceptVector, ContrastPairs, collect, identify, refine
-from contrans_tl.diagnostics import Writers, writers, writing
+from contrans_tl.diagnostics import Writers, readers, writers, writing
 from contrans_tl.diagnostics.writing import INCOMPLETE, chances
 from contrans_tl.evaluation.intervals import clopper_pearson
 
@@ -104,6 +104,32 @@ def test_a_heads_part_is_what_is_missing_without_it(bridges, architecture):
 
 
 if HookedTransformer is not None:
+    RMS = dict(normalization_type="RMS", final_rms=True, gated_mlp=True, act_fn="silu", n_key_value_heads=2)
+    ROTARY = dict(positional_embedding_type="rotary", rotary_dim=8, rotary_adjacent_pairs=False)
+    SHAPES = {
+        "llama": RMS | ROTARY,
+        "gpt2": dict(normalization_type="LN", act_fn="gelu_new"),
+        "neox": dict(normalization_type="LN", act_fn="gelu", parallel_attn_mlp=True) | ROTARY | dict(rotary_dim=2),
+        "qwen2": RMS | ROTARY,
+        "gemma2": RMS | ROTARY | dict(use_normalization_before_and_after=True, attn_scores_soft_cap=50.0),
+    }
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_the_parts_sum_to_the_projection_in_a_hooked_transformer(folders, architecture):
+        """Of each shape, with weights, biases and norms at random, and prompts padded."""
+        from transformer_lens import HookedTransformerConfig
+
+        cfg = HookedTransformerConfig(**SHAPE, **SHAPES[architecture], device="cpu", model_name=architecture, seed=0)
+        model = HookedTransformer(cfg, tokenizer=save_tokenizer(folders[architecture]), default_padding_side="right").eval()
+        for weight in model.parameters():
+            weight.data.add_(0.2 * torch.randn_like(weight))
+        for layer in range(N_LAYERS):
+            found = writers(model, some_concept(model), UNEVEN, layer=layer)
+            assert found.completeness < 1e-6
+            assert float(found.scores.values.sum()) == pytest.approx(found.whole.value, rel=1e-4)
+        assert (
+            readers(model, some_concept(model), PAIRS.positive, layer=0, draws=20).p.values.min() > 0
+        )  # its formula is checked
 
     @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
     @pytest.mark.parametrize("processed", [False, True])
