@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from contrans_tl.formats import read_truthfulqa as read_truthfulqa
     from contrans_tl.formats import toxigen_pairs as toxigen_pairs
     from contrans_tl.harness import harness_model as harness_model
+    from contrans_tl.heads import HeadMaps as HeadMaps
+    from contrans_tl.heads import HeadVectors as HeadVectors
+    from contrans_tl.heads import fit_head_maps as fit_head_maps
+    from contrans_tl.heads import refine_heads as refine_heads
+    from contrans_tl.heads import reformulate_heads as reformulate_heads
     from contrans_tl.leakage import Leak as Leak
     from contrans_tl.leakage import check_leaks as check_leaks
     from contrans_tl.leakage import find_leaks as find_leaks
@@ -95,6 +100,7 @@ _HOME = {
         "toxigen_pairs",
     ),
     "harness": ("harness_model",),
+    "heads": ("HeadMaps", "HeadVectors", "fit_head_maps", "refine_heads", "reformulate_heads"),
     "leakage": ("Leak", "check_leaks", "find_leaks"),
     "learning": ("learning_curve",),
     "models": ("HookedModel", "ModelId", "identify", "load_model"),

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrans_tl.models import HookedModel, ModelId, check_layers, check_ready, hook_name, identify, run_blocks
+from contrans_tl.models import HookedModel, ModelId, Site, check_layers, check_ready, hook_name, identify, run_blocks
 from contrans_tl.progress import track
 from contrans_tl.tokens import ALIGNED, Encoding, by_length, encode, pad, prepends_bos, word_ends
 
@@ -153,15 +153,18 @@ def read_rows(
     places: Sequence[dict[int, int]],
     layers: Sequence[int],
     batch_size: int,
-) -> Float[Tensor, "row layer d_model"]:
-    """Run the model over the texts that `locate` encoded and keep the rows it found."""
+    site: Site = "resid_post",
+) -> Float[Tensor, "row layer *width"]:
+    """Run the model over the texts that `locate` encoded and keep the rows it found: of width "d_model", or at the site `z`
+    "head d_head"."""
     first_row = torch.tensor([0, *map(len, places)]).cumsum(0).tolist()
-    values = torch.empty(first_row[-1], len(layers), model.cfg.d_model)
+    width = (model.cfg.n_heads, model.cfg.d_head) if site == "z" else (model.cfg.d_model,)
+    values = torch.empty(first_row[-1], len(layers), *width)
     device = next(iter(model.parameters())).device
     batches = by_length([len(encoding.ids) for encoding in encodings], batch_size)
 
-    def keep(resid: Tensor, hook: Any, *, slot: int, prompt: Tensor, position: Tensor, row: Tensor) -> None:
-        values[row, slot] = resid[prompt.to(resid.device), position.to(resid.device)].float().cpu()
+    def keep(x: Tensor, hook: Any, *, slot: int, prompt: Tensor, position: Tensor, row: Tensor) -> None:
+        values[row, slot] = x[prompt.to(x.device), position.to(x.device)].float().cpu()
 
     for batch in track(batches, f"activations of {model.cfg.model_name}", len(batches)):
         tokens, mask = pad([encodings[i].ids for i in batch], device)
@@ -170,7 +173,7 @@ def read_rows(
             "position": torch.tensor([p for i in batch for p in places[i].values()], dtype=torch.long),
             "row": torch.tensor([first_row[i] + k for i in batch for k in range(len(places[i]))], dtype=torch.long),
         }
-        hooks = [(hook_name(layer), partial(keep, slot=slot, **where)) for slot, layer in enumerate(layers)]
+        hooks = [(hook_name(layer, site), partial(keep, slot=slot, **where)) for slot, layer in enumerate(layers)]
         run_blocks(model, tokens, mask, hooks, max(layers))
     return values
 

@@ -114,6 +114,20 @@ def check_layers(layers: Sequence[int] | None, n_layers: int, of: str) -> tuple[
     return tuple(layers)
 
 
+def check_heads(heads: Sequence[tuple[int, int]] | None, n_layers: int, n_heads: int, of: str) -> tuple[tuple[int, int], ...]:
+    """The heads asked for as (layer, head), or all of them; ValueError for one the model does not have."""
+    if heads is None:
+        return tuple((layer, head) for layer in range(n_layers) for head in range(n_heads))
+    heads = tuple((int(layer), int(head)) for layer, head in heads)
+    outside = [place for place in heads if not (0 <= place[0] < n_layers and 0 <= place[1] < n_heads)]
+    if outside or not heads or len(set(heads)) < len(heads):
+        raise ValueError(
+            f"expected different heads (layer, head) of {of}, layers 0 to {n_layers - 1} and heads 0 to {n_heads - 1}; "
+            f"got {list(outside or heads)}."
+        )
+    return heads
+
+
 def load_model(
     model: str | os.PathLike[str] | Any,
     *,

@@ -1,9 +1,13 @@
-"""Transplantation: add a concept to the residual stream while the target runs (ConTrans 3.3).
+"""Transplantation: add a concept to the residual stream, or to single heads, while the target runs (ConTrans 3.3).
 
     h^l <- h^l + strength * v^l                            eq. 3, after block l
 
     with transplant(target, moved, strength=2.0):
         target.generate("The letter made me feel", max_new_tokens=20)
+
+Vectors of attention heads (`refine_heads`) are added to what those heads gather, `attn.hook_z`, before W_O:
+
+    with transplant(target, head_vectors, heads=[(4, 1), (5, 0)], strength=4.0): ...
 
 `injection_hooks` gives the same thing as plain data, (hook name, function) pairs for run_with_hooks or run_with_cache, to be
 mixed with hooks of your own. Hooks add up: several concepts, or nested `transplant`s, sum in the stream.
@@ -22,12 +26,15 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from contrans_tl.heads import Head, HeadVectors
 from contrans_tl.models import (
     Hook,
     HookedModel,
+    ModelId,
     attention_site,
     check_ready,
     embedding_site,
@@ -37,35 +44,40 @@ from contrans_tl.models import (
 )
 from contrans_tl.refinement import ConceptVector
 
+Concept = ConceptVector | HeadVectors
 Positions = Literal["all", "prompt", "generated", "last"]
 
 
 @dataclass(frozen=True, eq=False)
 class Injection:
-    """One vector, ready to be added after one block."""
+    """One vector, ready to be added after one block, or to what one head of it gathers."""
 
     layer: int
-    vector: Float[Tensor, " d_model"]
-    """Strength included."""
+    vector: Float[Tensor, " width"]
+    """Strength included. Of d_model numbers, or d_head for a head."""
     positions: Positions = "all"
     """`all` tokens (the paper's), those of the `prompt`, the `generated` ones, or the `last` real token of the prompt (padding
     is what ends in padding tokens: a prompt that ends in one of its own counts without it)."""
+    head: int | None = None
+    """Add to this head's z, before W_O, and not to the residual stream."""
 
 
 def injections(
-    concepts: ConceptVector | Sequence[ConceptVector],
+    concepts: Concept | Sequence[Concept],
     *,
     strength: float | Sequence[float] = 1.0,
     layers: Sequence[int] | None = None,
+    heads: Sequence[Head] | None = None,
     positions: Positions = "all",
 ) -> list[Injection]:
     """The injections of one or several concepts; they add up where they meet.
 
     Raises:
-        ValueError: several layers and no choice among them (the paper injects at one), a layer that a concept has no vector
-            for, a number of strengths other than that of the concepts, unknown positions.
+        ValueError: several layers or heads and no choice among them (the paper injects at one), a layer or head that a concept
+            has no vector for, layers chosen for vectors of heads or heads for those of layers, a number of strengths other
+            than that of the concepts, unknown positions.
     """
-    concepts = [concepts] if isinstance(concepts, ConceptVector) else list(concepts)
+    concepts = [concepts] if isinstance(concepts, (ConceptVector, HeadVectors)) else list(concepts)
     strengths = [strength] * len(concepts) if isinstance(strength, (int, float)) else list(strength)
     if not all(map(math.isfinite, strengths)):
         raise ValueError(f"expected a finite strength; got {strengths}.")
@@ -73,17 +85,32 @@ def injections(
         raise ValueError(f"expected one strength or one for each concept; got {len(strengths)} for {len(concepts)} concepts.")
     if positions not in get_args(Positions):
         raise ValueError(f"expected positions {', '.join(get_args(Positions))}; got {positions!r}.")
-    for concept in concepts:
-        if layers is None and len(concept.layers) > 1:
-            raise ValueError(
-                f"{concept.name!r} has vectors at {len(concept.layers)} layers; choose, as in layers=[{concept.layers[-1]}]. "
-                "(The paper injects at one layer; at all of them at once the effects add up.)"
-            )
+    for chosen, kind, needed in ((layers, ConceptVector, "ConceptVector"), (heads, HeadVectors, "HeadVectors of refine_heads")):
+        if chosen is not None and not any(isinstance(concept, kind) for concept in concepts):
+            what = "layers" if kind is ConceptVector else "heads"
+            raise ValueError(f"{what}= says where to add a {needed}; there is none among the concepts.")
     return [
-        Injection(layer, strength * concept.at(layer), positions)
+        Injection(layer, strength * vector, positions, head)
         for concept, strength in zip(concepts, strengths, strict=True)
-        for layer in (concept.layers if layers is None else layers)
+        for layer, vector, head in _places(concept, layers, heads)
     ]
+
+
+def _places(
+    concept: Concept, layers: Sequence[int] | None, heads: Sequence[Head] | None
+) -> list[tuple[int, Tensor, int | None]]:
+    """Where a concept is added, (layer, vector, head)."""
+    chosen = heads if isinstance(concept, HeadVectors) else layers
+    known = concept.heads if isinstance(concept, HeadVectors) else concept.layers
+    if chosen is None and len(known) > 1:
+        what = "heads" if isinstance(concept, HeadVectors) else "layers"
+        raise ValueError(
+            f"{concept.name!r} has vectors at {len(known)} {what}; choose, as in {what}=[{known[-1]}]. "
+            "(The paper injects at one layer; at all of them at once the effects add up.)"
+        )
+    if isinstance(concept, HeadVectors):
+        return [(layer, concept.at(layer, head), head) for layer, head in (concept.heads if heads is None else heads)]
+    return [(layer, concept.at(layer), None) for layer in (concept.layers if layers is None else layers)]
 
 
 def injection_hooks(model: HookedModel, steps: Sequence[Injection]) -> list[Hook]:
@@ -93,7 +120,7 @@ def injection_hooks(model: HookedModel, steps: Sequence[Injection]) -> list[Hook
     list for one sequence of passes (a `generate`, or independent passes), and make another for the next model.
 
     Raises:
-        ValueError: a layer that the model does not have, or vectors of another width.
+        ValueError: a layer or head that the model does not have, or vectors of another width.
     """
     hooks: list[Hook] = []
     if any(step.positions != "all" for step in steps):
@@ -103,33 +130,48 @@ def injection_hooks(model: HookedModel, steps: Sequence[Injection]) -> list[Hook
         if site := attention_site(model):
             hooks.append((site, passes.attend))
     for step in steps:
-        name = hook_name(step.layer)
-        if name not in model.hook_dict:
-            raise ValueError(f"{model.cfg.model_name} has {model.cfg.n_layers} layers; there is no layer {step.layer}.")
-        if step.vector.shape != (model.cfg.d_model,):
-            raise ValueError(f"expected a vector of d_model = {model.cfg.d_model}; got shape {tuple(step.vector.shape)}.")
+        name, width = _site(model, step)
+        if step.vector.shape != (width,):
+            kind = "d_model" if step.head is None else "d_head"
+            raise ValueError(f"expected a vector of {kind} = {width}; got shape {tuple(step.vector.shape)}.")
+        options: dict[str, Any] = {"vector": step.vector, "head": step.head}
         if step.positions == "all":
-            hooks.append((name, partial(add_everywhere, vector=step.vector)))
+            hooks.append((name, partial(add_everywhere, **options)))
         else:
-            hooks.append((name, partial(add_where, vector=step.vector, passes=passes, positions=step.positions)))
+            hooks.append((name, partial(add_where, passes=passes, positions=step.positions, **options)))
     return hooks
+
+
+def _site(model: HookedModel, step: Injection) -> tuple[str, int]:
+    """Name of the hook point to write at, and the width there."""
+    cfg = model.cfg
+    name = hook_name(step.layer, "resid_post" if step.head is None else "z")
+    if not 0 <= step.layer < cfg.n_layers:
+        raise ValueError(f"{cfg.model_name} has {cfg.n_layers} layers; there is no layer {step.layer}.")
+    if step.head is not None and not 0 <= step.head < cfg.n_heads:
+        raise ValueError(f"{cfg.model_name} has {cfg.n_heads} heads a layer; there is no head {step.head}.")
+    if name not in model.hook_dict:
+        raise ValueError(f"{cfg.model_name} has no hook point {name}: nothing can be added there.")
+    return name, cfg.d_model if step.head is None else cfg.d_head
 
 
 @contextmanager
 def transplant(
     model: HookedModel,
-    concepts: ConceptVector | Sequence[ConceptVector],
+    concepts: Concept | Sequence[Concept],
     *,
     strength: float | Sequence[float] = 1.0,
     layers: Sequence[int] | None = None,
+    heads: Sequence[Head] | None = None,
     positions: Positions = "all",
 ) -> Iterator[HookedModel]:
-    """Run the model with one or several concepts added to its residual stream; afterwards it is as it was.
+    """Run the model with one or several concepts added to its residual stream or its heads; afterwards it is as it was.
 
     Args:
         concepts: refined in this model or reformulated into it.
         strength: one for all or one for each; in units of the vector as refined. 0 changes nothing.
         layers: block outputs to inject at; not needed for a concept at one layer.
+        heads: (layer, head) of `HeadVectors` to inject at, through `attn.hook_z`; not needed for those of one head.
         positions: see `Injection`.
 
     Raises:
@@ -137,30 +179,46 @@ def transplant(
     """
     check_ready(model)
     here = identify(model)
-    for concept in [concepts] if isinstance(concepts, ConceptVector) else concepts:
-        if concept.model.same_space(here):
-            continue
-        if concept.model.name == here.name and concept.model.basis != here.basis:
-            remedy = "refine or reformulate it again in that basis"
-        elif concept.model.name == here.name:
-            remedy = "it has the same name but other weights; refine or reformulate it with these"
-        else:
-            remedy = "reformulate it first"
-        raise ValueError(f"the concept {concept.name!r} lives in {concept.model}, the model is {here}: {remedy}.")
-    steps = injections(concepts, strength=strength, layers=layers, positions=positions)
+    for concept in [concepts] if isinstance(concepts, (ConceptVector, HeadVectors)) else concepts:
+        check_home(concept, here)
+    steps = injections(concepts, strength=strength, layers=layers, heads=heads, positions=positions)
     with model.hooks(fwd_hooks=injection_hooks(model, steps)):
         yield model
 
 
-def add_everywhere(resid: Tensor, hook: Any, *, vector: Tensor) -> Tensor:
-    """h + v at every position, in the residual's dtype, on its device."""
-    return resid + vector.to(resid)
+def check_home(concept: Concept, here: ModelId) -> None:
+    """ValueError, with what to do, for a concept that does not live in this model."""
+    if concept.model.same_space(here):
+        return
+    if concept.model.name == here.name and concept.model.basis != here.basis:
+        remedy = "refine or reformulate it again in that basis"
+    elif concept.model.name == here.name:
+        remedy = "it has the same name but other weights; refine or reformulate it with these"
+    else:
+        remedy = "reformulate it first"
+    raise ValueError(f"the concept {concept.name!r} lives in {concept.model}, the model is {here}: {remedy}.")
 
 
-def add_where(resid: Tensor, hook: Any, *, vector: Tensor, passes: "_Passes", positions: Positions) -> Tensor:
-    """h + v where the positions say so."""
-    where = passes.where(positions).to(resid.device)
-    return resid + where[..., None] * vector.to(resid)
+def add_everywhere(x: Tensor, hook: Any, *, vector: Tensor, head: int | None = None) -> Tensor:
+    """x + v at every position, or to one head of "prompt pos head d_head", in the dtype of x, on its device."""
+    return x + _at_head(vector.to(x), head, x)
+
+
+def add_where(
+    x: Tensor, hook: Any, *, vector: Tensor, passes: "_Passes", positions: Positions, head: int | None = None
+) -> Tensor:
+    """x + v where the positions say so."""
+    where = passes.where(positions).to(x.device)
+    return x + einsum(where.to(x), _at_head(vector.to(x), head, x), "prompt pos, ... -> prompt pos ...")
+
+
+def _at_head(vector: Tensor, head: int | None, x: Tensor) -> Tensor:
+    """The vector as it is added to x: to one of its heads only, if there is one."""
+    if head is None:
+        return vector
+    at = torch.zeros(x.shape[2:], dtype=x.dtype, device=x.device)
+    at[head] = vector
+    return at
 
 
 @dataclass(eq=False)

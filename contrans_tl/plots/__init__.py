@@ -12,6 +12,8 @@
     readers_figure(readers(model, concept, prompts, layer=9))         who takes notice of it
     patterns_figure(pattern_changes(model, concept, prompts, layer=9))
     paths_figure(patch_paths(model, concept, questions, layer=9))     through which head it acts
+    projections_figure, survival_figure, separability_figure, readout_figure, grids_figure, probes_figure
+                                                          of the reports of `diagnostics`
 
 Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
 direction, so that the figures read in grey and by colour-blind eyes.
@@ -19,19 +21,33 @@ direction, so that the figures read in grey and by colour-blind eyes.
 
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
 from contrans_tl.plots.heads import paths_figure, patterns_figure, readers_figure, writers_figure
+from contrans_tl.plots.layers import (
+    grids_figure,
+    projections_figure,
+    readout_figure,
+    separability_figure,
+    survival_figure,
+)
 from contrans_tl.plots.maps import grid_figure, learning_curve_figure, quality_figure, splice_figure
+from contrans_tl.plots.probes import probes_figure
 
 __all__ = [
     "arms_figure",
     "differences_figure",
     "grid_figure",
+    "grids_figure",
     "learning_curve_figure",
     "paths_figure",
     "patterns_figure",
+    "probes_figure",
+    "projections_figure",
     "quality_figure",
     "readers_figure",
+    "readout_figure",
+    "separability_figure",
     "splice_figure",
     "steerability_figure",
+    "survival_figure",
     "sweep_figure",
     "writers_figure",
 ]

@@ -1,7 +1,8 @@
-"""An empty figure, text that is drawn as it is written, and maps of numbers that all figures draw alike."""
+"""An empty figure, maps of colour, lines with their intervals, and text that is drawn as it is written."""
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,10 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-_NUMBERED = 16
-"""Rows or columns beyond which numbers do not fit their cells."""
-_TICKS = 12
-"""Labels along an axis, at most."""
+NUMBERED = 16
+"""Rows or columns of a map of colour, beyond which numbers do not fit its cells."""
+GRID: dict[str, Any] = {"color": "#dddddd", "linewidth": 0.6}
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -32,53 +32,90 @@ def written(text: str, most: int = 60) -> str:
     return (line if len(line) <= most else f"{line[: most - 1]}…").replace("$", r"\$")
 
 
-def number_map(
+def cell_size(rows: int, columns: int) -> tuple[float, float]:
+    """Width and height in inches of a cell of a map of colour, so that its numbers fit, or the whole fits a page."""
+    if max(rows, columns) <= NUMBERED:
+        return 0.5, 0.4
+    return max(0.12, min(0.32, 10.0 / columns)), max(0.12, min(0.32, 7.0 / rows))
+
+
+def heat_map(
     axis: "Axes",
     values: Float[np.ndarray, "row column"],
-    rows: Sequence[str],
-    columns: Sequence[str],
+    rows: Sequence[object],
+    columns: Sequence[object],
     *,
-    signed: bool,
-    limit: float | None = None,
+    signed: bool = False,
+    span: tuple[float, float] | None = None,
+    unit: str | None = "",
+    digits: int = 2,
 ) -> "AxesImage":
-    """A cell for each number, the first row at the bottom where rows are layers ("L0", ...), NaN crossed out.
+    """A number for every cell, as a shade, and written where there is room.
 
-    Signed ones are orange above 0 and purple below, as dark as they are far from it up to `limit`; so that they differ in grey
-    as well, those below 0 are written as numbers or, where there are too many cells, carry a bar. Others grow darker from 0.
+    Without a sign it grows darker, over `span`. With one, zero is white, orange below and purple above, both darker with size;
+    as they look alike in grey, a dash marks the cells below zero that have no number. NaN is left blank, with a cross.
+    Several maps of one span share a `colour_bar`: with `unit=None` none is drawn.
     """
-    known = np.abs(values[np.isfinite(values)])
-    limit = limit or float(known.max(initial=0.0)) or 1.0
-    image = axis.imshow(
-        values,
-        aspect="auto",
-        origin="lower" if rows[0].startswith("L") else "upper",
-        cmap="PuOr_r" if signed else "Greys",
-        vmin=-limit if signed else 0.0,
-        vmax=limit,
-    )
-    axis.set_facecolor("#f2f2f2")
-    unknown = np.argwhere(np.isnan(values))
-    if len(unknown):
-        crosses = {"marker": "x", "color": "#bbbbbb", "markersize": 2.5, "markeredgewidth": 0.6, "linestyle": "none"}
-        axis.plot(unknown[:, 1], unknown[:, 0], **crosses)  # type: ignore[arg-type]
-    if max(values.shape) <= _NUMBERED:
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                light = abs(value) > 0.6 * limit
-                text = _short(float(value), limit)
-                axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if light else "black")
-    elif signed:
-        below = np.argwhere(values < -0.2 * limit)
-        axis.plot(below[:, 1], below[:, 0], marker="_", color="black", markersize=3, markeredgewidth=0.7, linestyle="none")
-    for set_ticks, labels in ((axis.set_xticks, columns), (axis.set_yticks, rows)):
-        step = -(-len(labels) // _TICKS)
-        set_ticks(range(0, len(labels), step), [written(label) for label in labels[::step]], fontsize=7)
+    import matplotlib
+
+    if signed:
+        most = float(np.nanmax(np.abs(values), initial=0.0)) if span is None else max(map(abs, span))
+        span, colours = (-(most or 1.0), most or 1.0), "PuOr"
+    else:
+        span, colours = span or (min(0.0, float(np.nanmin(values))), float(np.nanmax(values)) or 1.0), "Greys"
+    image = axis.imshow(values, cmap=colours, vmin=span[0], vmax=span[1], aspect="auto")
+    shades = matplotlib.colormaps[colours]
+    numbered, unknown = max(values.shape) <= NUMBERED, np.argwhere(np.isnan(values))
+    for (row, column), value in np.ndenumerate(values):
+        if math.isnan(value) and len(unknown) <= NUMBERED**2:
+            axis.text(column, row, "×", ha="center", va="center", fontsize=6, color="#777777")
+        elif numbered and not math.isnan(value):
+            red, green, blue, _ = shades((value - span[0]) / (span[1] - span[0]))
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            text = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    if signed and not numbered:
+        low = np.argwhere(values < -0.1 * span[1])  # near zero the shade is near white
+        light = [shades((values[tuple(at)] - span[0]) / (span[1] - span[0]))[1] < 0.45 for at in low]
+        axis.scatter(low[:, 1], low[:, 0], marker="_", s=9, linewidths=0.8, c=["white" if x else "black" for x in light])
+    if len(unknown) > NUMBERED**2:  # at once: a text for each of thousands takes seconds
+        axis.scatter(unknown[:, 1], unknown[:, 0], marker="x", s=3, linewidths=0.5, color="#bbbbbb")
+    ticks(axis, rows, columns)
+    if unit is not None:
+        colour_bar(image, [axis], unit + " (–: below 0)" * (signed and not numbered and len(low) > 0))
     return image
 
 
-def _short(value: float, limit: float) -> str:
-    """As many digits as the largest number of the map needs, so that small ones are short."""
-    digits = int(np.clip(1 - np.floor(np.log10(limit)), 0, 3))
-    text = f"{abs(value):.{digits}f}".removeprefix("0")
-    sign = "−" if value < 0 else ""
-    return sign + text if text.strip(".0") else "0"
+def colour_bar(image: Any, axes: "Sequence[Axes]", label: str) -> None:
+    """What the shades mean, beside these axes; as slim beside a tall map as beside a low one."""
+    figure = image.figure
+    bar = figure.colorbar(image, ax=list(axes), shrink=0.9, aspect=max(20, 5 * figure.get_figheight()))
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(label, fontsize=8)
+
+
+def ticks(axis: "Axes", rows: Sequence[object], columns: Sequence[object]) -> None:
+    """Names of rows and columns, each where there is room, else every so many."""
+    turned = max((len(str(name)) for name in columns), default=0) > 4
+    for names, place, most in ((rows, axis.set_yticks, NUMBERED), (columns, axis.set_xticks, NUMBERED * (2 if turned else 1))):
+        step = max(1, math.ceil(len(names) / most))
+        place(range(0, len(names), step), [str(name) for name in names][::step], fontsize=7)
+    if turned:
+        axis.tick_params(axis="x", labelrotation=60)
+        for label in axis.get_xticklabels():
+            label.set_horizontalalignment("right")
+            label.set_rotation_mode("anchor")
+
+
+def band(
+    axis: "Axes",
+    values: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    style: dict[str, Any],
+    label: str,
+) -> None:
+    """A line with the interval around it, over 0, 1, 2, ..."""
+    x = range(len(values))
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    axis.plot(x, values, label=label, markersize=4, linewidth=1.4, **style)

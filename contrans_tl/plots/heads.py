@@ -1,7 +1,7 @@
 """Figures of heads: who writes a concept, who reads it, whose attention it moves, through whom it acts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from contrans_tl.diagnostics.reading import PatternChanges, Readers
 from contrans_tl.diagnostics.scores import Scores, signed
 from contrans_tl.diagnostics.writing import Writers
 from contrans_tl.evaluation.intervals import Estimate
-from contrans_tl.plots.canvas import new_figure, number_map, written
+from contrans_tl.plots.canvas import GRID, NUMBERED, colour_bar, heat_map, new_figure, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 _SHOWN = 12
 """Places that have a bar."""
 _PLACES = {"all": "the vector stands at all positions", "last": "the vector stands at the last token"}
-_ABOVE, _BELOW = "#b35806", "#542788"
-"""As in the maps: orange above 0, purple below."""
+_ABOVE, _BELOW = "#542788", "#b35806"
+"""As in the maps: purple above 0, orange below."""
 
 
 def writers_figure(report: Writers) -> "Figure":
     """What every head and MLP adds to the concept, layer by layer, and the largest parts with 95% intervals."""
     heads, mlps = report.heads, _mlps(report)
-    rows, columns = heads.axes["layer"], heads.axes["head"]
-    figure, (grid, mlp, bars) = _panels(len(rows), [len(columns), 1.6])
+    rows = heads.axes["layer"]
+    figure, (grid, mlp, bars) = _panels(len(rows), [len(heads.axes["head"]), 1.6])
     limit = float(max(heads.values.abs().max(), np.nanmax(np.abs(mlps), initial=0.0))) or 1.0
-    image = number_map(grid, heads.values.numpy(), rows, columns, signed=True, limit=limit)
-    number_map(mlp, mlps, rows, [""], signed=True, limit=limit)
+    image = _map(grid, heads, limit, "attention heads")
+    heat_map(mlp, mlps, rows, [""], signed=True, span=(-limit, limit), unit=None, digits=_digits(limit))
+    mlp.invert_yaxis()
     mlp.tick_params(left=False, labelleft=False, bottom=False)
     mlp.set_xlabel("MLP", fontsize=8)
-    _name(grid, "attention heads")
-    _scale(figure, image, [grid, mlp], heads.unit)
+    colour_bar(image, [grid, mlp], heads.unit)
     _bars(bars, report.scores, report.intervals)
     bars.set_xlabel("projection, positive less negative prompts", fontsize=8)
     bars.set_title(f"largest of {len(report.intervals)} parts, 95% intervals", fontsize=9)
@@ -48,15 +48,13 @@ def writers_figure(report: Writers) -> "Figure":
 def readers_figure(report: Readers) -> "Figure":
     """How many deviations more of the vector every head's q, k and v read than of random directions."""
     grids = [report.scores.at(by=by) for by in report.scores.axes["by"]]
-    rows, columns = grids[0].axes["layer"], grids[0].axes["head"]
-    figure, axes = _panels(len(rows), [len(columns)] * len(grids))
+    figure, axes = _panels_of(grids)
     limit = float(report.scores.values.abs().max()) or 1.0
     for axis, by, grid in zip(axes, report.scores.axes["by"], grids, strict=False):
-        image = number_map(axis, grid.values.numpy(), rows, columns, signed=True, limit=limit)
+        image = _map(axis, grid, limit, f"by {by}")
         beyond = np.argwhere(report.family.at(by=by).values.numpy() <= 0.05)
-        axis.plot(beyond[:, 1], beyond[:, 0], linestyle="none", **_ring(len(rows), len(columns)))
-        _name(axis, f"by {by}")
-    _scale(figure, image, list(axes[:-1]), "deviations of the null")
+        axis.plot(beyond[:, 1], beyond[:, 0], linestyle="none", **_ring(grid))
+    colour_bar(image, list(axes[:-1]), "deviations of the null")
     _bars(axes[-1], report.scores, None, by="value")
     axes[-1].set_xlabel(written(f"deviations ({report.scores.unit})"), fontsize=8)
     axes[-1].set_title("read most", fontsize=9)
@@ -66,11 +64,9 @@ def readers_figure(report: Readers) -> "Figure":
 
 def patterns_figure(report: PatternChanges) -> "Figure":
     """How far the transplant moves every head's attention, and the farthest with 95% intervals, random directions beside."""
-    rows, columns = report.scores.axes["layer"], report.scores.axes["head"]
-    figure, (grid, bars) = _panels(len(rows), [len(columns)])
-    image = number_map(grid, report.scores.values.numpy(), rows, columns, signed=False)
-    _name(grid, "attention heads")
-    _scale(figure, image, grid, "KL(clean || transplanted), nats")
+    figure, (grid, bars) = _panels_of([report.scores])
+    image = _map(grid, report.scores, None, "attention heads")
+    colour_bar(image, [grid], "KL(clean || transplanted), nats")
     order = _bars(bars, report.scores, report.intervals)
     null = report.random.values.flatten()[order].numpy()
     bars.plot(null, range(len(order)), marker="x", color="#111111", markersize=5, linestyle="none")
@@ -84,13 +80,11 @@ def paths_figure(report: PathEffects) -> "Figure":
     """What the vector does to the metric through each head alone, and the largest effects with 95% intervals."""
     ways = report.scores.axes["by"]
     grids = [report.scores.at(by=by) for by in ways]
-    rows, columns = grids[0].axes["layer"], grids[0].axes["head"]
-    figure, axes = _panels(len(rows), [len(columns)] * len(ways))
+    figure, axes = _panels_of(grids)
     limit = float(report.scores.values.abs().nan_to_num(0.0).max()) or 1.0
     for axis, by, grid in zip(axes, ways, grids, strict=False):
-        image = number_map(axis, grid.values.numpy(), rows, columns, signed=True, limit=limit)
-        _name(axis, "by q, k and v" if by == "qkv" else f"by {by}")
-    _scale(figure, image, list(axes[:-1]), report.scores.unit)
+        image = _map(axis, grid, limit, "by q, k and v" if by == "qkv" else f"by {by}")
+    colour_bar(image, list(axes[:-1]), report.scores.unit)
     _bars(axes[-1], report.scores, report.intervals)
     axes[-1].set_xlabel(written(report.scores.unit), fontsize=8)
     axes[-1].set_title("largest, 95% intervals", fontsize=9)
@@ -107,6 +101,29 @@ def _panels(n_rows: int, columns: Sequence[int | float]) -> tuple["Figure", np.n
     return figure, axes
 
 
+def _panels_of(grids: Sequence[Scores]) -> tuple["Figure", np.ndarray]:
+    return _panels(len(grids[0].axes["layer"]), [len(grid.axes["head"]) for grid in grids])
+
+
+def _map(axis: "Axes", grid: Scores, limit: float | None, title: str) -> "AxesImage":
+    """Layers upwards, heads to the right; signed up to a limit, or, without one, from 0 on."""
+    values, rows, columns = grid.values.numpy(), grid.axes["layer"], [head[1:] for head in grid.axes["head"]]
+    top = limit or float(np.nanmax(values, initial=0.0)) or 1.0
+    span = (-top if limit else 0.0, top)
+    image = heat_map(axis, values, rows, columns, signed=limit is not None, span=span, unit=None, digits=_digits(top))
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("head", fontsize=8)
+    if axis.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+        axis.set_ylabel("layer", fontsize=8)
+    return image
+
+
+def _digits(largest: float) -> int:
+    """Behind the point, so that the largest number has two."""
+    return int(np.clip(1 - np.floor(np.log10(largest)), 0, 3))
+
+
 def _bars(axis: "Axes", scores: Scores, intervals: Sequence[Estimate] | None, *, by: str = "magnitude") -> list[int]:
     """A bar for each of the largest places, with its interval; which they are, the largest first."""
     labels = [scores.label(place) for place in range(scores.values.numel())]
@@ -121,7 +138,7 @@ def _bars(axis: "Axes", scores: Scores, intervals: Sequence[Estimate] | None, *,
     axis.tick_params(axis="x", labelsize=7)
     axis.locator_params(axis="x", nbins=5)
     axis.invert_yaxis()
-    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axis.grid(axis="x", **GRID)
     axis.set_axisbelow(True)
     return order
 
@@ -132,23 +149,10 @@ def _mlps(report: Writers) -> Float[np.ndarray, "layer 1"]:
     return np.array([[report.scores.at(part=name) if name in parts else np.nan] for name in names])
 
 
-def _ring(n_rows: int, n_columns: int) -> dict[str, object]:
+def _ring(grid: Scores) -> dict[str, Any]:
     """A mark around a cell, smaller where cells are."""
-    size = 13 if max(n_rows, n_columns) <= 16 else 5
-    return {"marker": "s", "markersize": size, "markerfacecolor": "none", "markeredgecolor": "#111111", "markeredgewidth": 1.1}
-
-
-def _scale(figure: "Figure", image: "AxesImage", axes: "Axes | list[Axes]", label: str) -> None:
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
-    bar.set_label(written(label, 40), fontsize=7)
-    bar.ax.tick_params(labelsize=7)
-
-
-def _name(axis: "Axes", title: str) -> None:
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("head", fontsize=8)
-    if axis.get_subplotspec().is_first_col():  # type: ignore[union-attr]
-        axis.set_ylabel("layer", fontsize=8)
+    size = 13 if max(grid.values.shape) <= NUMBERED else 5
+    return {"marker": "s", "markersize": size, "markerfacecolor": "none", "markeredgecolor": "#d55e00", "markeredgewidth": 1.3}
 
 
 def _title(figure: "Figure", text: str) -> None:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from contrans_tl.learning import LearningCurve
-from contrans_tl.plots.canvas import new_figure
+from contrans_tl.plots.canvas import GRID, NUMBERED, cell_size, heat_map, new_figure
 from contrans_tl.quality import MapQuality
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.reformulation import LayerMaps
@@ -30,32 +29,36 @@ def grid_figure(maps: LayerMaps, concept: ConceptVector | None = None) -> "Figur
     panels = {"held-out R²": maps.r2, "linear CKA": maps.cka}
     layers = (maps.source.layers, maps.target.layers)
     widths = [1.0, 1.0] + ([0.6] if concept is not None else [])
-    numbered = max(map(len, layers)) <= 16  # beyond, numbers do not fit their cells
-    step = 1 if numbered else 4
-    cell = (0.5, 0.4) if numbered else (0.16, 0.16)
-    figure = new_figure(width=3.0 + cell[0] * len(layers[1]) * sum(widths), height=1.5 + cell[1] * len(layers[0]))
-    axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
+    figure, axes = grid_axes(len(layers[0]), len(layers[1]), widths)
     for axis, (name, grid) in zip(axes, panels.items(), strict=False):
         # Shades span 0 to 1, not the grid's own range: layers that all fit alike shall look alike.
-        image = axis.imshow(grid.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-        if numbered:
-            for (s, t), value in np.ndenumerate(grid.numpy()):
-                axis.text(t, s, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.5 else "black")
-        axis.set_xticks(range(0, len(layers[1]), step), layers[1][::step])
+        heat_map(axis, grid.numpy(), *layers, span=(0.0, 1.0))
         axis.set_xlabel("target layer", fontsize=8)
         axis.set_title(name, fontsize=9)
-        figure.colorbar(image, ax=axis, shrink=0.9)
-    axes[0].set_yticks(range(0, len(layers[0]), step), layers[0][::step])
     axes[0].set_ylabel("source layer", fontsize=8)
     if concept is not None:
-        axes[-1].plot(1 - maps.coverage(concept), range(len(layers[0])), marker="o", color="#0072b2", linestyle="none")
-        axes[-1].set_xscale("log")
-        axes[-1].set_xlabel("1 − coverage", fontsize=8)
+        not_shown(axes[-1], maps.coverage(concept).tolist())
         axes[-1].set_title(f"{concept.name}: share not shown", fontsize=9)
-        axes[-1].tick_params(axis="x", which="both", labelsize=7)
-        axes[-1].grid(color="#dddddd", linewidth=0.6)
     figure.suptitle(f"{maps.source.model.name} → {maps.target.model.name}: {maps.method}, {len(maps.source)} rows", fontsize=10)
     return figure
+
+
+def grid_axes(rows: int, columns: int, widths: Sequence[float]) -> "tuple[Figure, Sequence[Axes]]":
+    """Panels side by side for maps of colour of so many rows and columns, one of width 1 or some share of it."""
+    width, height = cell_size(rows, columns)
+    if max(rows, columns) > NUMBERED:
+        width = min(0.16, 6.0 / columns)
+    figure = new_figure(width=3.0 + width * columns * sum(widths), height=1.5 + height * rows)
+    return figure, figure.subplots(1, len(widths), sharey=True, width_ratios=widths, squeeze=False)[0]
+
+
+def not_shown(axis: "Axes", coverage: Sequence[float]) -> None:
+    """What each source layer's rows do not show of a concept."""
+    axis.plot([1 - share for share in coverage], range(len(coverage)), marker="o", color="#0072b2", linestyle="none")
+    axis.set_xscale("log")
+    axis.set_xlabel("1 − coverage", fontsize=8)
+    axis.tick_params(axis="x", which="both", labelsize=7)
+    axis.grid(**GRID)
 
 
 def quality_figure(quality: MapQuality) -> "Figure":

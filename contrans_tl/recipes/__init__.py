@@ -18,6 +18,7 @@
 | `number_of_pairs` | Fig. 5 |
 """
 
+from contrans_tl.diagnostics.readout import token_shift
 from contrans_tl.recipes.experiments import (
     alignment,
     checkpoints,
@@ -34,7 +35,7 @@ from contrans_tl.recipes.files import Materials, read_materials
 from contrans_tl.recipes.jobs import RECIPES, Job, embedded, job_of
 from contrans_tl.recipes.results import RecipeResult, Row, save_recipe
 from contrans_tl.recipes.setup import Setup, load_named
-from contrans_tl.recipes.shifts import token_shift, token_shifts
+from contrans_tl.recipes.shifts import token_shifts
 from contrans_tl.recipes.together import Together, two_concepts
 
 __all__ = [
