@@ -7,24 +7,35 @@ source with its vector, the target with its own and the target with the carried 
 
 from contrans_tl.diagnostics.grids import Grids, grids
 from contrans_tl.diagnostics.layers import Projections, Survival, projections, survival
+from contrans_tl.diagnostics.paths import PathEffects, patch_paths
 from contrans_tl.diagnostics.probes import HeadProbes, probe_heads
+from contrans_tl.diagnostics.reading import PatternChanges, Readers, pattern_changes, readers
 from contrans_tl.diagnostics.readout import Readout, readout
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
 from contrans_tl.diagnostics.separability import Separability, separability
+from contrans_tl.diagnostics.writing import Writers, writers
 
 __all__ = [
     "Diagnosis",
     "Grids",
     "HeadProbes",
+    "PathEffects",
+    "PatternChanges",
     "Projections",
+    "Readers",
     "Readout",
     "Scores",
     "Separability",
     "Survival",
+    "Writers",
     "grids",
+    "patch_paths",
+    "pattern_changes",
     "probe_heads",
     "projections",
+    "readers",
     "readout",
     "separability",
     "survival",
+    "writers",
 ]

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from contrans_tl.evaluation.intervals import Estimate
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -119,6 +121,16 @@ class Scores:
 
     def _without(self, axes: Sequence[str], values: Tensor) -> "Scores":
         return Scores(values, {name: labels for name, labels in self.axes.items() if name not in axes}, self.unit)
+
+
+def signed(one: Estimate) -> str:
+    """A number that may be above or below 0, with its interval."""
+    return f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]"
+
+
+def interval_table(scores: Scores, intervals: Sequence[Estimate]) -> "DataFrame":
+    """The scores as a table with the 95% interval, `low` and `high`, of every place in order."""
+    return scores.to_dataframe().assign(low=[one.low for one in intervals], high=[one.high for one in intervals])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -75,6 +75,25 @@ def difference(
     return Estimate(float(sums[nearest].sum() / sizes.sum()), *intervals[nearest], values.shape[0])
 
 
+def mean_differences(
+    values: Float[np.ndarray, "item part"], rival: Float[np.ndarray, "other part"], *, seed: int = 0
+) -> list[Estimate]:
+    """Of every part, the mean of values less that of the rival: as `difference` where there are as many of either, which are
+    then pairs; else the items of both are drawn apart."""
+    n, m = len(values), len(rival)
+    if n == m:
+        bounds = np.percentile(_draws(n, 1, seed)[0] @ (values - rival) / n, [100 * _TAIL, 100 * (1 - _TAIL)], axis=0).T
+        intervals = [_by_sign_test(row, low, high) for row, (low, high) in zip((values - rival).T, bounds, strict=True)]
+    else:
+        of_values, of_rival = _draws(n, m, seed)
+        means = of_values @ values / n - of_rival @ rival / m
+        intervals = [
+            (float(low), float(high)) for low, high in np.percentile(means, [100 * _TAIL, 100 * (1 - _TAIL)], axis=0).T
+        ]
+    middle = (values.mean(0) - rival.mean(0)).tolist()
+    return [Estimate(value, *interval, n if n == m else n + m) for value, interval in zip(middle, intervals, strict=True)]
+
+
 def _by_sign_test(sums: Float[np.ndarray, " group"], low: float, high: float) -> tuple[float, float]:
     """The interval of a difference, widened to 0 where few groups differ and the sign test does not exclude 0."""
     ahead, behind = int((sums > 0).sum()), int((sums < 0).sum())

@@ -44,9 +44,9 @@ def steerability(
         raise ValueError(f"expected at least two different strengths; got {list(strengths)}.")
     x = np.asarray(strengths, float) - np.mean(strengths)
     slopes = x @ (propensity - propensity.mean(0)) / (x @ x)
-    ranks = np.stack([_ranks(column) for column in propensity.T])
-    steps = _ranks(np.asarray(strengths, float))
-    centred, steps = ranks - ranks.mean(1, keepdims=True), steps - steps.mean()
+    rows = np.stack([ranks(column) for column in propensity.T])
+    steps = ranks(np.asarray(strengths, float))
+    centred, steps = rows - rows.mean(1, keepdims=True), steps - steps.mean()
     scale = np.sqrt((centred**2).sum(1) * (steps**2).sum())
     correlations = centred @ steps / np.where(scale == 0, 1.0, scale)  # a propensity that never changes has none: 0
     return Steerability(
@@ -58,7 +58,7 @@ def steerability(
     )
 
 
-def _ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Ranks, equal values sharing theirs."""
     unique, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)

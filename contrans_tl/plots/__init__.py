@@ -8,6 +8,10 @@
     quality_figure(assess(maps, (9, 18), concept=concept))
     learning_curve_figure(learning_curve(maps, (9, 18)))
     splice_figure(splice(source, target, maps, texts, layers=[(9, 18)]))
+    writers_figure(writers(model, concept, pairs, layer=9))           who puts the concept into the stream
+    readers_figure(readers(model, concept, prompts, layer=9))         who takes notice of it
+    patterns_figure(pattern_changes(model, concept, prompts, layer=9))
+    paths_figure(patch_paths(model, concept, questions, layer=9))     through which head it acts
     projections_figure, survival_figure, separability_figure, readout_figure, grids_figure, probes_figure
                                                           of the reports of `diagnostics`
 
@@ -16,6 +20,7 @@ direction, so that the figures read in grey and by colour-blind eyes.
 """
 
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
+from contrans_tl.plots.heads import paths_figure, patterns_figure, readers_figure, writers_figure
 from contrans_tl.plots.layers import (
     grids_figure,
     projections_figure,
@@ -32,13 +37,17 @@ __all__ = [
     "grid_figure",
     "grids_figure",
     "learning_curve_figure",
+    "paths_figure",
+    "patterns_figure",
     "probes_figure",
     "projections_figure",
     "quality_figure",
+    "readers_figure",
     "readout_figure",
     "separability_figure",
     "splice_figure",
     "steerability_figure",
     "survival_figure",
     "sweep_figure",
+    "writers_figure",
 ]

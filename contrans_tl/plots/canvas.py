@@ -10,6 +10,7 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 NUMBERED = 16
 """Rows or columns of a map of colour, beyond which numbers do not fit its cells."""
@@ -46,13 +47,14 @@ def heat_map(
     *,
     signed: bool = False,
     span: tuple[float, float] | None = None,
-    unit: str = "",
+    unit: str | None = "",
     digits: int = 2,
-) -> None:
+) -> "AxesImage":
     """A number for every cell, as a shade, and written where there is room.
 
     Without a sign it grows darker, over `span`. With one, zero is white, orange below and purple above, both darker with size;
     as they look alike in grey, a dash marks the cells below zero that have no number. NaN is left blank, with a cross.
+    Several maps of one span share a `colour_bar`: with `unit=None` none is drawn.
     """
     import matplotlib
 
@@ -63,11 +65,11 @@ def heat_map(
         span, colours = span or (min(0.0, float(np.nanmin(values))), float(np.nanmax(values)) or 1.0), "Greys"
     image = axis.imshow(values, cmap=colours, vmin=span[0], vmax=span[1], aspect="auto")
     shades = matplotlib.colormaps[colours]
-    numbered = max(values.shape) <= NUMBERED
+    numbered, unknown = max(values.shape) <= NUMBERED, np.argwhere(np.isnan(values))
     for (row, column), value in np.ndenumerate(values):
-        if math.isnan(value):
+        if math.isnan(value) and len(unknown) <= NUMBERED**2:
             axis.text(column, row, "×", ha="center", va="center", fontsize=6, color="#777777")
-        elif numbered:
+        elif numbered and not math.isnan(value):
             red, green, blue, _ = shades((value - span[0]) / (span[1] - span[0]))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             text = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
@@ -76,8 +78,12 @@ def heat_map(
         low = np.argwhere(values < -0.1 * span[1])  # near zero the shade is near white
         light = [shades((values[tuple(at)] - span[0]) / (span[1] - span[0]))[1] < 0.45 for at in low]
         axis.scatter(low[:, 1], low[:, 0], marker="_", s=9, linewidths=0.8, c=["white" if x else "black" for x in light])
+    if len(unknown) > NUMBERED**2:  # at once: a text for each of thousands takes seconds
+        axis.scatter(unknown[:, 1], unknown[:, 0], marker="x", s=3, linewidths=0.5, color="#bbbbbb")
     ticks(axis, rows, columns)
-    colour_bar(image, [axis], unit + " (–: below 0)" * (signed and not numbered and len(low) > 0))
+    if unit is not None:
+        colour_bar(image, [axis], unit + " (–: below 0)" * (signed and not numbered and len(low) > 0))
+    return image
 
 
 def colour_bar(image: Any, axes: "Sequence[Axes]", label: str) -> None:
