@@ -5,6 +5,10 @@ Each is a function from models, concepts and prompts to a frozen report: `.score
 source with its vector, the target with its own and the target with the carried one can be laid side by side.
 """
 
+from contrans_tl.diagnostics.attribution import Attribution, attribute
+from contrans_tl.diagnostics.metrics import Metric
+from contrans_tl.diagnostics.patching import Patching, patch
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
+from contrans_tl.diagnostics.sweeps import Sweep, sweep
 
-__all__ = ["Diagnosis", "Scores"]
+__all__ = ["Attribution", "Diagnosis", "Metric", "Patching", "Scores", "Sweep", "attribute", "patch", "sweep"]

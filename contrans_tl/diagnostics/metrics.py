@@ -8,7 +8,8 @@
 `kl`                 how far the next token is from what the model itself would say, KL(model as it is || now) (in nats)
 
 The first two need `Question`s; an option is its first token behind the prompt. Any callable from logits "prompt vocab" to one
-number a prompt will do as well; one that has to know which prompts the rows are, or what the model said as it is, is a `Metric`.
+number a prompt will do as well; one that has to know which prompts the rows are, or what the model says as it is, is a
+`Metric`.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +85,9 @@ def ask(model: HookedModel, prompts: Prompts, metric: "Ready | Metric | Callable
     """
     prompts = list(prompts)
     if not prompts or not (all(isinstance(p, str) for p in prompts) or all(isinstance(p, Question) for p in prompts)):
-        raise ValueError(f"expected prompts, all of them texts or all of them Questions; got {len(prompts)} of mixed or no kind.")
+        raise ValueError(
+            f"expected prompts, all of them texts or all of them Questions; got {len(prompts)} of mixed or no kind."
+        )
     questions = [prompt for prompt in prompts if isinstance(prompt, Question)]
     if questions:
         read = read_questions(model, questions)

@@ -143,12 +143,9 @@ def patch(
     unit = "share of the effect"
     by_layer = Scores(sign * whole / effect, {"layer": layers(cfg.n_layers), "site": tuple(sites)}, unit)
     axes = {"site": tuple(sites), "layer": layers(cfg.n_layers), "position": place_labels(width)}
-    verb = "brought" if direction == "denoise" else "lost"
     return Patching(
-        about=f"{concept.name} at L{layer} x {strength:g} in {concept.model.name}, {asked.metric.name}, share {verb}",
-        scores=Scores(
-            sign * per_head / effect, {"layer": layers(cfg.n_layers), "head": heads(cfg.n_heads)}, unit
-        ),
+        about=f"{concept.name} at L{layer} × {strength:g} in {concept.model.name}, {asked.metric.name}, {direction}",
+        scores=Scores(sign * per_head / effect, {"layer": layers(cfg.n_layers), "head": heads(cfg.n_heads)}, unit),
         notes=(f"the effect: {plain:+.3g} to {transplanted:+.3g}, mean of {len(asked)} prompts",),
         by_layer=by_layer,
         by_position=Scores(sign * placed / effect, axes, unit),

@@ -307,7 +307,9 @@ class _Run:
                 return rearrange(z, "setting prompt pos head d -> (setting prompt) pos head d")
 
             hooks = [change(hook_name(layer, "z"), inject)]
-            rows = repeat(clean[hook_name(at)], "prompt ... -> (setting prompt) ...", setting=len(settings)) if at >= 0 else None
+            rows = (
+                repeat(clean[hook_name(at)], "prompt ... -> (setting prompt) ...", setting=len(settings)) if at >= 0 else None
+            )
         with torch.no_grad():
             logits = read_logits(self.model, many, hooks=hooks, after=None if rows is None else (at, rows))
             values = self.asked.metric(logits, base.repeat(len(settings), 1), many.prompts)

@@ -8,21 +8,29 @@
     quality_figure(assess(maps, (9, 18), concept=concept))
     learning_curve_figure(learning_curve(maps, (9, 18)))
     splice_figure(splice(source, target, maps, texts, layers=[(9, 18)]))
+    attribution_figure(attribute(model, concept, questions, layer=9)), agreement_figure(of the same)
+    patching_figure(patch(model, concept, questions, layer=9))
+    strengths_figure(sweep(model, concept, questions))
 
 Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
 direction, so that the figures read in grey and by colour-blind eyes.
 """
 
+from contrans_tl.plots.attribution import agreement_figure, attribution_figure, patching_figure, strengths_figure
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
 from contrans_tl.plots.maps import grid_figure, learning_curve_figure, quality_figure, splice_figure
 
 __all__ = [
+    "agreement_figure",
     "arms_figure",
+    "attribution_figure",
     "differences_figure",
     "grid_figure",
     "learning_curve_figure",
+    "patching_figure",
     "quality_figure",
     "splice_figure",
     "steerability_figure",
+    "strengths_figure",
     "sweep_figure",
 ]
