@@ -41,7 +41,7 @@ from contrans_tl.diagnostics.runs import (
     shared_tokens,
 )
 from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, layers
-from contrans_tl.models import Hook, HookedModel, Site, hook_name
+from contrans_tl.models import Hook, HookedModel, Site, hook_name, layer_of
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
@@ -57,7 +57,7 @@ class Patching(Diagnosis):
     by_layer: Scores
     """Of what enters a layer, of its attention and of its MLP, over all positions: layer x site."""
     by_position: Scores
-    """The same at each position alone: site x layer x position."""
+    """The same at each position alone, if asked for, else 0: site x layer x position."""
     direction: Direction
     layer: int
     strength: float
@@ -92,7 +92,7 @@ def patch(
     direction: Direction = "denoise",
     layer: int | None = None,
     strength: float = 1.0,
-    by_position: bool = True,
+    by_position: bool = False,
     batch_size: int = 32,
 ) -> Patching:
     """Share of the transplant's effect on the metric that each layer and head carries; see the top of this module.
@@ -101,8 +101,7 @@ def patch(
         prompts: texts, or Questions for the metrics that need an answer.
         metric: a name or a callable of `diagnostics.metrics`; shares are of its mean over prompts.
         layer: of the transplant; not needed for a concept at one layer.
-        by_position: also one position at a time, which takes as many passes more as there are positions; otherwise
-            `by_position` is all zero.
+        by_position: also one position at a time, which takes as many more passes as there are positions.
 
     Raises:
         ValueError: a concept of another model, a layer it has not, a transplant without effect on the metric, or what `ask`
@@ -167,9 +166,8 @@ class _View:
     model: HookedModel
     asked: Asked
     batch: Batch
-    layer: int
-    resid: Float[Tensor, "prompt pos d_model"]
-    """Output of block `layer`, in the run that is patched into."""
+    resid: Mapping[str, Float[Tensor, "prompt pos d_model"]]
+    """Outputs of the blocks from `layer` on, in the run that is patched into: what is below a patch is not run again."""
     others: Mapping[str, Float[Tensor, "prompt place ..."]]
     """What is patched in, last tokens together."""
     width: int
@@ -194,19 +192,21 @@ class _View:
         sites: Sequence[Site],
     ) -> "_View":
         later = range(layer + 1, model.cfg.n_layers)
-        names = [hook_name(at, site) for at in later for site in (*sites, "z")]  # type: ignore[arg-type]
+        kept: tuple[Site, ...] = (*sites, "z", "resid_post")
+        names = [hook_name(at, site) for at in later for site in kept]
         plain: dict[str, Tensor] = {}
         moved: dict[str, Tensor] = {}
         with torch.no_grad():
             base = read_logits(model, batch, hooks=keep([hook_name(layer), *names], plain))
-            resid = plain.pop(hook_name(layer))
-            steered = resid + vector.to(resid)
-            logits = read_logits(model, batch, hooks=keep(names, moved), after=(layer, steered))
+            at = hook_name(layer)
+            moved[at] = plain[at] + vector.to(plain[at])
+            logits = read_logits(model, batch, hooks=keep(names, moved), after=(layer, moved[at]))
             values = [float(asked.metric(some, base, batch.prompts).mean()) for some in (base, logits)]
-        into, others = (resid, moved) if direction == "denoise" else (steered, plain)
-        aligned = {name: batch.aligned(x, width) for name, x in others.items()}
+        into, others = (plain, moved) if direction == "denoise" else (moved, plain)
+        posts = [hook_name(at) for at in range(layer, model.cfg.n_layers)]
+        aligned = {name: batch.aligned(x, width) for name, x in others.items() if name not in posts}
         before = values[0] if direction == "denoise" else values[1]
-        return cls(model, asked, batch, layer, into, aligned, width, base, *values, before)
+        return cls(model, asked, batch, {name: into[name] for name in posts}, aligned, width, base, *values, before)
 
     @property
     def cfg(self) -> Any:
@@ -242,7 +242,8 @@ class _View:
     def run_with_hooks(self, tokens: Tensor, fwd_hooks: Sequence[Hook] = (), **options: Any) -> Float[Tensor, "prompt vocab"]:
         """Logits behind the last tokens."""
         hooks = [(name, self._on_aligned(hook)) for name, hook in fwd_hooks]
-        return read_logits(self.model, self.batch, hooks=hooks, after=(self.layer, self.resid))
+        below = min(layer_of(name) for name, _ in fwd_hooks) - 1
+        return read_logits(self.model, self.batch, hooks=hooks, after=(below, self.resid[hook_name(below)]))
 
     def _on_aligned(self, hook: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The same hook on what stands at the last places, last tokens together."""

@@ -160,8 +160,8 @@ def patching_figure(report: Patching) -> "Figure":
 
 def _map(axis: "Axes", values: Tensor, rows: Sequence[str], columns: Sequence[str], unit: str, ticks: int = TICKS) -> None:
     image = signed_map(axis, values, rows, columns, ticks=ticks)
-    lines = [line for column in columns for line in column.split("\n")]
-    axis.tick_params(axis="x", rotation=90 if max(map(len, lines)) > 3 and len(columns) > 3 else 0)
+    if len(columns) > 3 and not columns[0].startswith("H"):  # positions, with tokens: too long to stand side by side
+        axis.tick_params(axis="x", rotation=90)
     bar = axis.figure.colorbar(image, ax=axis, shrink=0.9)
     bar.set_label(unit, fontsize=7)
     bar.ax.tick_params(labelsize=7)
