@@ -201,8 +201,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's: the correlation of ranks, those of equal values shared. NaN for fewer than three, or where all are equal."""
     if len(x) < 3:
         return float("nan")
-    both = [ranks(np.asarray(values, float)) for values in (x, y)]
-    return float("nan") if min(r.std() for r in both) == 0 else float(np.corrcoef(*both)[0, 1])
+    a, b = (ranks(np.asarray(values, float)) for values in (x, y))
+    return float("nan") if min(a.std(), b.std()) == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
 def _check_differentiable(asked: Asked, d_vocab: int) -> None:

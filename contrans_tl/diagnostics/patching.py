@@ -174,7 +174,7 @@ class _View:
     base: Float[Tensor, "prompt vocab"]
     plain: float
     transplanted: float
-    before: float
+    unpatched: float
     """The metric of the run that is patched into."""
     training: bool = False
     """As TransformerLens asks."""
@@ -201,12 +201,13 @@ class _View:
             at = hook_name(layer)
             moved[at] = plain[at] + vector.to(plain[at])
             logits = read_logits(model, batch, hooks=keep(names, moved), after=(layer, moved[at]))
-            values = [float(asked.metric(some, base, batch.prompts).mean()) for some in (base, logits)]
+            before, after = (float(asked.metric(some, base, batch.prompts).mean()) for some in (base, logits))
         into, others = (plain, moved) if direction == "denoise" else (moved, plain)
         posts = [hook_name(at) for at in range(layer, model.cfg.n_layers)]
         aligned = {name: batch.aligned(x, width) for name, x in others.items() if name not in posts}
-        before = values[0] if direction == "denoise" else values[1]
-        return cls(model, asked, batch, {name: into[name] for name in posts}, aligned, width, base, *values, before)
+        resid = {name: into[name] for name in posts}
+        unpatched = before if direction == "denoise" else after
+        return cls(model, asked, batch, resid, aligned, width, base, before, after, unpatched)
 
     @property
     def cfg(self) -> Any:
@@ -237,7 +238,7 @@ class _View:
                 index_df=pandas.DataFrame(places, columns=["layer", "place"][: len(places[0])]),
                 **options,
             )
-        return values.cpu() - self.before
+        return values.cpu() - self.unpatched
 
     def run_with_hooks(self, tokens: Tensor, fwd_hooks: Sequence[Hook] = (), **options: Any) -> Float[Tensor, "prompt vocab"]:
         """Logits behind the last tokens."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from contrans_tl.diagnostics.metrics import Asked, Prompts, ask
 from contrans_tl.diagnostics.runs import Batch, batches, change, check_concept, chunks, keep, read_logits
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
 from contrans_tl.diagnostics.scores import layers as layer_labels
-from contrans_tl.models import HookedModel, check_layers, hook_name
+from contrans_tl.models import Hook, HookedModel, check_layers, hook_name
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
@@ -295,26 +295,25 @@ class _Run:
         strengths = self.strengths[[s.strength for s in settings]]
         vectors = strengths[:, None] * self.vectors[[s.place for s in settings]]
         added = einsum(where, vectors.to(where.device), "setting prompt pos, setting d -> setting prompt pos d")
-        hooks = []
         layer, head = self.places[settings[0].place]
+        hooks: list[Hook] = []
+        after: tuple[int, Tensor] | None
         if head is None:
             resid = clean[hook_name(at)]
-            rows = rearrange(resid + added.to(resid), "setting prompt pos d -> (setting prompt) pos d")
+            after = (at, rearrange(resid + added.to(resid), "setting prompt pos d -> (setting prompt) pos d"))
         else:
-            chosen = torch.tensor([self.places[s.place][1] for s in settings])
+            chosen = [self.places[s.place][1] for s in settings]
 
             def inject(z: Tensor) -> Tensor:
                 z = rearrange(z, "(setting prompt) pos head d -> setting prompt pos head d", setting=len(settings)).clone()
-                for setting, h in enumerate(chosen.tolist()):
+                for setting, h in enumerate(chosen):
                     z[setting, :, :, h] += added[setting].to(z)
                 return rearrange(z, "setting prompt pos head d -> (setting prompt) pos head d")
 
             hooks = [change(hook_name(layer, "z"), inject)]
-            rows = (
-                repeat(clean[hook_name(at)], "prompt ... -> (setting prompt) ...", setting=len(settings)) if at >= 0 else None
-            )
+            after = (at, clean[hook_name(at)].repeat(len(settings), 1, 1)) if at >= 0 else None
         with torch.no_grad():
-            logits = read_logits(self.model, many, hooks=hooks, after=None if rows is None else (at, rows))
+            logits = read_logits(self.model, many, hooks=hooks, after=after)
             values = self.asked.metric(logits, base.repeat(len(settings), 1), many.prompts)
         return rearrange(values, "(setting prompt) -> setting prompt", setting=len(settings))
 

@@ -132,7 +132,8 @@ def patching_figure(report: Patching) -> "Figure":
     row = 1.3 + 0.2 * min(n_layers, 40)
     width = max(7.0, 3.0 + 0.16 * min(n_heads, 64) + 2.0, 1.5 + len(sites) * max(2.0, 0.09 * min(len(positions), 60)))
     figure = new_figure(width=min(width, 14.0), height=0.7 + row * (2 if by_position else 1))
-    above, *below = figure.subfigures(2, 1) if by_position else [figure]
+    parts: Any = figure.subfigures(2, 1) if by_position else (figure, None)
+    above, below = parts
     whole, by_head = above.subplots(1, 2, width_ratios=[1.6, max(2.4, 0.16 * min(n_heads, 64))])
     layers = report.scores.axes["layer"]
     _map(whole, report.by_layer.values, layers, [site.replace("_", "\n") for site in sites], "")
@@ -142,8 +143,8 @@ def patching_figure(report: Patching) -> "Figure":
     by_head.set_title("head outputs, all positions", fontsize=8)
     by_head.set_xlabel("head", fontsize=8)
     axes = [whole, by_head]
-    if by_position:
-        panels = below[0].subplots(1, len(sites), squeeze=False)[0]
+    if below is not None:
+        panels = below.subplots(1, len(sites), squeeze=False)[0]
         ticks = int(figure.get_figwidth() * 0.6 * 6.5 / len(sites))
         for axis, site, grid in zip(panels, sites, report.by_position.values, strict=True):
             _map(axis, grid, layers, _places(positions, report.tokens), "", ticks=ticks)
