@@ -104,6 +104,11 @@ def hook_name(layer: int, site: Site = "resid_post") -> str:
     return f"blocks.{layer}.{_SITES[site]}"
 
 
+def layer_of(name: str) -> int:
+    """The layer of a hook point of a block."""
+    return int(name.split(".")[1])
+
+
 def check_layers(layers: Sequence[int] | None, n_layers: int, of: str) -> tuple[int, ...]:
     """The layers asked for, or all of them; ValueError for one the model does not have."""
     if layers is None:

@@ -8,8 +8,8 @@ s v^l there, or of putting one head's output under the transplant into the model
 positions and heads. Gradients are those of the model as it is; where the metric bends within s they mislead (KL has none at all
 there), and `steps` > 1 takes their mean along the strength instead: integrated gradients (Sundararajan et al., arXiv
 1703.01365) from 0 to s, by Gauss-Legendre quadrature, for each layer along its own transplant at all positions, for the heads
-along the one at `layer` (as EAP-IG has it, arXiv 2403.17806). Then the positions of a layer sum to the effect of that transplant.
-It takes `steps` passes a layer.
+along the one at `layer` (as EAP-IG has it, arXiv 2403.17806). Then the positions of a layer sum to the effect of its
+transplant. It takes `steps` passes a layer.
 
     found = attribute(target, moved, pairs.test, metric="logit_difference", layer=3, strength=2.0)
     found.top(5), found.heads.top(5), found.rank_correlation
@@ -181,11 +181,9 @@ def attribute(
     summed = float(scores.at(layer=f"L{layer}").values.sum())
     how = "the gradient at strength 0" if steps == 1 else f"gradients integrated over {steps} strengths"
     return Attribution(
-        about=f"{concept.name} in {concept.model.name}, {asked.metric.name}, {how}, x {strength:g}, {len(asked)} prompts",
+        about=f"{concept.name} in {concept.model.name}, {asked.metric.name}, {how}, × {strength:g}, {len(asked)} prompts",
         scores=scores,
-        notes=(
-            f"the transplant at L{layer} changes the metric by {transplanted - base:+.3g}; positions there sum to {summed:+.3g}",
-        ),
+        notes=(f"true effect of the transplant at L{layer} {transplanted - base:+.3g}; its positions sum to {summed:+.3g}",),
         heads=over_positions,
         heads_by_position=by_position,
         checked=checked,
@@ -203,8 +201,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's: the correlation of ranks, those of equal values shared. NaN for fewer than three, or where all are equal."""
     if len(x) < 3:
         return float("nan")
-    both = [ranks(np.asarray(values, float)) for values in (x, y)]
-    return float("nan") if min(r.std() for r in both) == 0 else float(np.corrcoef(*both)[0, 1])
+    a, b = (ranks(np.asarray(values, float)) for values in (x, y))
+    return float("nan") if min(a.std(), b.std()) == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
 def _check_differentiable(asked: Asked, d_vocab: int) -> None:
@@ -213,8 +211,8 @@ def _check_differentiable(asked: Asked, d_vocab: int) -> None:
         values = asked.metric(logits, logits.detach(), torch.zeros(1, dtype=torch.long))
     if not values.requires_grad:
         raise ValueError(
-            f"the metric {asked.metric.name!r} has no gradient with respect to the logits (an accuracy, an argmax, a .detach()?): "
-            "attribute with a smooth one, such as a difference of logits; `sweep` and `patch` take any."
+            f"the metric {asked.metric.name!r} has no gradient with respect to the logits (is it an accuracy, an "
+            "argmax, detached?): use a smooth one, such as a difference of logits. `sweep` and `patch` take any."
         )
 
 

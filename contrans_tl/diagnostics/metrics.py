@@ -8,7 +8,8 @@
 `kl`                 how far the next token is from what the model itself would say, KL(model as it is || now) (in nats)
 
 The first two need `Question`s; an option is its first token behind the prompt. Any callable from logits "prompt vocab" to one
-number a prompt will do as well; one that has to know which prompts the rows are, or what the model said as it is, is a `Metric`.
+number a prompt will do as well; one that has to know which prompts the rows are, or what the model says as it is, is a
+`Metric`.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,16 +83,14 @@ def ask(model: HookedModel, prompts: Prompts, metric: "Ready | Metric | Callable
         ValueError: no prompts, a metric that needs questions where there are texts, an answer that the first token does not
             tell from the other options, a metric of the wrong shape, or what `encode` raises.
     """
-    prompts = list(prompts)
-    if not prompts or not (all(isinstance(p, str) for p in prompts) or all(isinstance(p, Question) for p in prompts)):
-        raise ValueError(f"expected prompts, all of them texts or all of them Questions; got {len(prompts)} of mixed or no kind.")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     questions = [prompt for prompt in prompts if isinstance(prompt, Question)]
-    if questions:
-        read = read_questions(model, questions)
-        sequences = tuple(question.prompt for question in read)
-    else:
-        read = []
-        sequences = tuple(encoding.ids for encoding in encode(model, [str(prompt) for prompt in prompts]))
+    if not prompts or len(prompts) not in (len(texts), len(questions)):
+        raise ValueError(
+            f"expected prompts, all of them texts or all of them Questions; got {len(prompts)} of mixed or no kind."
+        )
+    read = read_questions(model, questions) if questions else []
+    sequences = tuple(q.prompt for q in read) if questions else tuple(encoding.ids for encoding in encode(model, texts))
     asked = Asked(sequences, _metric(model, read, metric))
     asked.tried(torch.arange(min(len(asked), 3)), model.cfg.d_vocab)
     return asked

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from contrans_tl.evaluation.subjects import device_of
-from contrans_tl.models import Hook, HookedModel, check_ready, head_only_at, hook_name, identify, resumed_after
+from contrans_tl.models import Hook, HookedModel, check_ready, head_only_at, identify, resumed_after
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad
 
@@ -40,7 +40,9 @@ class Batch:
 
     def times(self, settings: int) -> "Batch":
         """The same prompts under so many settings, one after another: "(setting prompt)"."""
-        many = (repeat(x, "prompt ... -> (setting prompt) ...", setting=settings) for x in (self.prompts, self.tokens, self.mask))
+        many = (
+            repeat(x, "prompt ... -> (setting prompt) ...", setting=settings) for x in (self.prompts, self.tokens, self.mask)
+        )
         return Batch(*many)
 
     def places(self, width: int) -> tuple[Int[Tensor, "prompt place"], Bool[Tensor, "prompt place"]]:
@@ -109,7 +111,9 @@ def check_concept(model: HookedModel, concept: ConceptVector) -> None:
 def choose_layer(concept: ConceptVector, layer: int | None) -> int:
     """The layer asked for, or the only one that the concept has. ValueError for one it has not, or no choice among several."""
     if layer is None and len(concept.layers) > 1:
-        raise ValueError(f"{concept.name!r} has vectors at layers {concept.layers}; choose one, as in layer={concept.layers[-1]}.")
+        raise ValueError(
+            f"{concept.name!r} has vectors at layers {concept.layers}; choose one, as in layer={concept.layers[-1]}."
+        )
     layer = concept.layers[0] if layer is None else layer
     concept.at(layer)
     return layer
@@ -139,4 +143,3 @@ def shared_tokens(model: HookedModel, sequences: Sequence[Sequence[int]], width:
 def place_labels(width: int) -> tuple[str, ...]:
     """Of the last `width` places: ..., "-2", "-1"."""
     return tuple(str(place) for place in range(-width, 0))
-

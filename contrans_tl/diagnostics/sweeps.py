@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from einops import einsum, rearrange, repeat
-from jaxtyping import Bool, Float
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from contrans_tl import artifacts
@@ -29,7 +29,7 @@ from contrans_tl.diagnostics.metrics import Asked, Prompts, ask
 from contrans_tl.diagnostics.runs import Batch, batches, change, check_concept, chunks, keep, read_logits
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
 from contrans_tl.diagnostics.scores import layers as layer_labels
-from contrans_tl.models import HookedModel, check_layers, hook_name
+from contrans_tl.models import Hook, HookedModel, check_layers, hook_name
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
@@ -54,7 +54,8 @@ class Sweep(Diagnosis):
     def error(self) -> Scores:
         """Standard error of `effect` over prompts; NaN for a single one."""
         gains = self.scores.values - self.base
-        return Scores(gains.std(-1) / gains.shape[-1] ** 0.5, self.effect.axes, self.scores.unit)
+        error = gains.std(-1) / gains.shape[-1] ** 0.5 if gains.shape[-1] > 1 else torch.full_like(gains[..., 0], torch.nan)
+        return Scores(error, self.effect.axes, self.scores.unit)
 
     def top(self, k: int = 10) -> list[tuple[str, float]]:
         """The k settings that change the metric most, with that change."""
@@ -110,17 +111,19 @@ def sweep(
     strengths, positions = [float(strength) for strength in strengths], list(positions)
     if heads is None:
         wanted = check_layers(list(concept.layers) if layers is None else list(layers), model.cfg.n_layers, concept.model.name)
-        places = {label: (at, None) for label, at in zip(layer_labels(wanted), wanted, strict=True)}
+        names = layer_labels(wanted)
+        places: list[tuple[int, int | None]] = [(at, None) for at in wanted]
         vectors = torch.stack([concept.at(at) for at in wanted])
     else:
-        places = _check_heads(model, heads, layers, head_vectors)
-        vectors = torch.stack([head_vectors[at, head] for at, head in heads])  # type: ignore[index]
+        given = _check_heads(model, heads, layers, head_vectors)
+        names, places = tuple(f"L{at}H{head}" for at, head in heads), [*heads]
+        vectors = torch.stack([given[at, head] for at, head in heads])
     if not strengths or not torch.tensor(strengths).isfinite().all():
         raise ValueError(f"expected finite strengths; got {strengths}.")
     asked = ask(model, prompts, metric)
     _check_positions(positions, asked)
     axes = {
-        "layer" if heads is None else "head": tuple(places),
+        "layer" if heads is None else "head": names,
         "strength": tuple(f"x{strength:g}" for strength in strengths),
         "positions": tuple(map(str, positions)),
         "prompt": tuple(map(str, range(len(asked)))),
@@ -130,7 +133,7 @@ def sweep(
             raise ValueError(f"expected each of {name} once; got {', '.join(labels)}.")
     grid = Scores(torch.zeros([len(labels) for labels in axes.values()]), axes, asked.metric.unit)
     kept = _Kept.open(save, grid, _question(model, concept, asked, vectors, axes))
-    run = _Run(model, asked, list(places.values()), vectors.float(), strengths, positions, batch_size)
+    run = _Run(model, asked, places, vectors.float(), strengths, positions, batch_size)
     run.fill(kept)
     return Sweep(
         about=f"{concept.name} in {concept.model.name}, {asked.metric.name}, {len(asked)} prompts",
@@ -143,7 +146,7 @@ def sweep(
 
 def _check_heads(
     model: HookedModel, heads: Sequence[tuple[int, int]], layers: Sequence[int] | None, vectors: Tensor | None
-) -> dict[str, tuple[int, int | None]]:
+) -> Float[Tensor, "layer head d_head"]:
     cfg = model.cfg
     if layers is not None:
         raise ValueError("expected layers= or heads=, not both: each injects at one place at a time.")
@@ -159,7 +162,7 @@ def _check_heads(
             f"expected head_vectors of shape {shape} (layer, head, d_head) with heads=; got {got}. A vector of the residual "
             "stream names none at a head's output: take the difference of means of attn.hook_z."
         )
-    return {f"L{layer}H{head}": (layer, head) for layer, head in heads}
+    return vectors
 
 
 def _check_positions(positions: Sequence[Position], asked: Asked) -> None:
@@ -292,28 +295,29 @@ class _Run:
         strengths = self.strengths[[s.strength for s in settings]]
         vectors = strengths[:, None] * self.vectors[[s.place for s in settings]]
         added = einsum(where, vectors.to(where.device), "setting prompt pos, setting d -> setting prompt pos d")
-        hooks = []
         layer, head = self.places[settings[0].place]
+        hooks: list[Hook] = []
+        after: tuple[int, Tensor] | None
         if head is None:
             resid = clean[hook_name(at)]
-            rows = rearrange(resid + added.to(resid), "setting prompt pos d -> (setting prompt) pos d")
+            after = (at, rearrange(resid + added.to(resid), "setting prompt pos d -> (setting prompt) pos d"))
         else:
-            chosen = torch.tensor([self.places[s.place][1] for s in settings])
+            chosen = [self.places[s.place][1] for s in settings]
 
             def inject(z: Tensor) -> Tensor:
                 z = rearrange(z, "(setting prompt) pos head d -> setting prompt pos head d", setting=len(settings)).clone()
-                for setting, h in enumerate(chosen.tolist()):
+                for setting, h in enumerate(chosen):
                     z[setting, :, :, h] += added[setting].to(z)
                 return rearrange(z, "setting prompt pos head d -> (setting prompt) pos head d")
 
             hooks = [change(hook_name(layer, "z"), inject)]
-            rows = repeat(clean[hook_name(at)], "prompt ... -> (setting prompt) ...", setting=len(settings)) if at >= 0 else None
+            after = (at, clean[hook_name(at)].repeat(len(settings), 1, 1)) if at >= 0 else None
         with torch.no_grad():
-            logits = read_logits(self.model, many, hooks=hooks, after=None if rows is None else (at, rows))
+            logits = read_logits(self.model, many, hooks=hooks, after=after)
             values = self.asked.metric(logits, base.repeat(len(settings), 1), many.prompts)
         return rearrange(values, "(setting prompt) -> setting prompt", setting=len(settings))
 
-    def _where(self, batch: Batch, position: Position) -> Float[Tensor, "prompt pos"]:
+    def _where(self, batch: Batch, position: Position) -> Int[Tensor, "prompt pos"]:
         if position == "all":
             return torch.ones_like(batch.mask)
         back = -1 if position == "last" else int(position)

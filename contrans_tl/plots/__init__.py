@@ -14,11 +14,15 @@
     paths_figure(patch_paths(model, concept, questions, layer=9))     through which head it acts
     projections_figure, survival_figure, separability_figure, readout_figure, grids_figure, probes_figure
                                                           of the reports of `diagnostics`
+    attribution_figure(attribute(model, concept, questions, layer=9)), agreement_figure(of the same)
+    patching_figure(patch(model, concept, questions, layer=9))
+    strengths_figure(sweep(model, concept, questions))
 
 Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
 direction, so that the figures read in grey and by colour-blind eyes.
 """
 
+from contrans_tl.plots.attribution import agreement_figure, attribution_figure, patching_figure, strengths_figure
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
 from contrans_tl.plots.heads import paths_figure, patterns_figure, readers_figure, writers_figure
 from contrans_tl.plots.layers import (
@@ -32,11 +36,14 @@ from contrans_tl.plots.maps import grid_figure, learning_curve_figure, quality_f
 from contrans_tl.plots.probes import probes_figure
 
 __all__ = [
+    "agreement_figure",
     "arms_figure",
+    "attribution_figure",
     "differences_figure",
     "grid_figure",
     "grids_figure",
     "learning_curve_figure",
+    "patching_figure",
     "paths_figure",
     "patterns_figure",
     "probes_figure",
@@ -47,6 +54,7 @@ __all__ = [
     "separability_figure",
     "splice_figure",
     "steerability_figure",
+    "strengths_figure",
     "survival_figure",
     "sweep_figure",
     "writers_figure",
