@@ -13,7 +13,6 @@ from contrans_tl import plots
 from contrans_tl.diagnostics import Scores, attribute, patch, sweep
 from contrans_tl.diagnostics.runs import place_labels
 from contrans_tl.diagnostics.scores import heads, layers
-from contrans_tl.plots.canvas import new_figure, signed_map
 
 LAYERS, HEADS, PLACES = 40, 64, 50
 
@@ -40,22 +39,6 @@ def no_labels_overlap(figure: Any) -> None:
 
 def draws(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-def test_maps_of_signed_numbers_are_centred_on_zero_and_mark_what_is_negative():
-    figure = new_figure(width=6.0, height=3.0)
-    small, large = figure.subplots(1, 2)
-    grid = torch.tensor([[0.5, -2.0], [float("nan"), -0.001]])
-    image = signed_map(small, grid, ("L0", "L1"), ("a", "b"))
-    assert image.get_clim() == (-2.0, 2.0)
-    assert [t.get_text() for t in small.texts] == ["0.50", "-2.00", "0.00"]
-    values = draws(30, 40)
-    signed_map(large, values, layers(30), heads(40))
-    marked = large.collections[0].get_offsets()
-    assert all(values[int(row), int(column)] < 0 for column, row in marked) and len(marked) > 300
-    FigureCanvasAgg(figure).draw()
-    shown = [t.get_text() for t in large.get_xticklabels()]
-    assert len(shown) <= 24 and shown[-1] == "H39"
 
 
 def test_figures_of_an_attribution(bridges):

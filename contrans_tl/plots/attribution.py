@@ -144,8 +144,9 @@ def patching_figure(report: Patching) -> "Figure":
     axes = [whole, by_head]
     if below is not None:
         panels = below.subplots(1, len(sites), squeeze=False)[0]
+        most = int(figure.get_figwidth() * 0.6 * 6.5 / len(sites))
         for axis, site, grid in zip(panels, sites, report.by_position.values, strict=True):
-            _map(axis, grid, layers, _places(positions, report.tokens), "")
+            _map(axis, grid, layers, _places(positions, report.tokens), "", most)
             axis.set_title(f"{site.replace('_', ' ')}, one position", fontsize=8)
             axis.set_xlabel("position, from the last token", fontsize=8)
         axes += [*panels]
@@ -157,9 +158,9 @@ def patching_figure(report: Patching) -> "Figure":
     return figure
 
 
-def _map(axis: "Axes", values: Tensor, rows: Sequence[str], columns: Sequence[str], unit: str) -> None:
+def _map(axis: "Axes", values: Tensor, rows: Sequence[str], columns: Sequence[str], unit: str, fit: int | None = None) -> None:
     digits = 1 if float(values.abs().max()) >= 10 else 2
-    heat_map(axis, values.float().numpy(), rows, columns, signed=True, unit=unit, digits=digits)
+    heat_map(axis, values.float().numpy(), rows, columns, signed=True, unit=unit, digits=digits, fit=fit)
 
 
 def _places(labels: Sequence[str], tokens: Sequence[str]) -> list[str]:

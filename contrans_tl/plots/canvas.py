@@ -49,12 +49,13 @@ def heat_map(
     span: tuple[float, float] | None = None,
     unit: str | None = "",
     digits: int = 2,
+    fit: int | None = None,
 ) -> "AxesImage":
     """A number for every cell, as a shade, and written where there is room.
 
     Without a sign it grows darker, over `span`. With one, zero is white, orange below and purple above, both darker with size;
     as they look alike in grey, a dash marks the cells below zero that have no number. NaN is left blank, with a cross.
-    Several maps of one span share a `colour_bar`: with `unit=None` none is drawn.
+    `fit` is how many labels fit below. Several maps of one span share a `colour_bar`: with `unit=None` none is drawn.
     """
     import matplotlib
 
@@ -80,7 +81,7 @@ def heat_map(
         axis.scatter(low[:, 1], low[:, 0], marker="_", s=9, linewidths=0.8, c=["white" if x else "black" for x in light])
     if len(unknown) > NUMBERED**2:  # at once: a text for each of thousands takes seconds
         axis.scatter(unknown[:, 1], unknown[:, 0], marker="x", s=3, linewidths=0.5, color="#bbbbbb")
-    ticks(axis, rows, columns)
+    ticks(axis, rows, columns, fit)
     if unit is not None:
         colour_bar(image, [axis], unit + " (–: below 0)" * (signed and not numbered and len(low) > 0))
     return image
@@ -89,22 +90,20 @@ def heat_map(
 def colour_bar(image: Any, axes: "Sequence[Axes]", label: str) -> None:
     """What the shades mean, beside these axes; as slim beside a tall map as beside a low one."""
     figure = image.figure
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.9, aspect=max(20, 5 * figure.get_figheight()))
+    bar = figure.colorbar(image, ax=list(axes), shrink=0.9, aspect=max(20, 5 * figure.bbox.height / figure.dpi))
     bar.ax.tick_params(labelsize=7)
     bar.set_label(label, fontsize=8)
 
 
-def ticks(axis: "Axes", rows: Sequence[object], columns: Sequence[object]) -> None:
-    """Names of rows and columns, each where there is room, else every so many."""
-    turned = max((len(str(name)) for name in columns), default=0) > 4
-    for names, place, most in ((rows, axis.set_yticks, NUMBERED), (columns, axis.set_xticks, NUMBERED * (2 if turned else 1))):
+def ticks(axis: "Axes", rows: Sequence[object], columns: Sequence[object], fit: int | None = None) -> None:
+    """Names of rows and columns, each where there is room, else every so many; `fit` is how many fit below."""
+    turned = max((len(str(name)) for name in columns), default=0) > 2
+    below = fit or NUMBERED * (2 if turned else 1)
+    for names, place, most in ((rows, axis.set_yticks, NUMBERED), (columns, axis.set_xticks, below)):
         step = max(1, math.ceil(len(names) / most))
         place(range(0, len(names), step), [str(name) for name in names][::step], fontsize=7)
     if turned:
-        axis.tick_params(axis="x", labelrotation=60)
-        for label in axis.get_xticklabels():
-            label.set_horizontalalignment("right")
-            label.set_rotation_mode("anchor")
+        axis.tick_params(axis="x", labelrotation=90)
 
 
 def band(
