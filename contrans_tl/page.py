@@ -4,13 +4,12 @@ What was asked, the verdicts, then everything they rest on. All text that comes 
 name is never markup. Figures need matplotlib; without it the page says so, and its tables hold the same numbers.
 """
 
-import base64
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contrans_tl.evaluation import ARMS, NULLS, Estimate, TransferReport, frontier
+from contrans_tl.markup import figure, opening, table, td, td_text
 
 if TYPE_CHECKING:
     from contrans_tl.experiment import Experiment
@@ -31,41 +30,12 @@ _MOST = 12
 """Rows of a long table, such as the layer pairs of two deep models, that the page shows; report.json has all."""
 _WAYS = {"higher": "↑", "lower": "↓"}
 
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1.2rem; color: #111; }
-h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { margin-top: 2.6rem; border-bottom: 2px solid #111; }
-h3 { margin: 2.2rem 0 .3rem; font-size: 1.15rem; } h4 { margin: 1.2rem 0 .2rem; }
-p, li { max-width: 52rem; } dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; max-width: 60rem; }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0; font-size: 13px; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: #444; padding-bottom: .2rem; }
-th, td { padding: .2rem .55rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; vertical-align: middle; }
-th { border-bottom: 1px solid #111; font-weight: 600; vertical-align: bottom; white-space: normal; }
-.text { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 4.5rem; max-width: 34rem; }
-td .low { display: block; font-size: 11px; line-height: 1.2; }
-tr.moved td { background: #eaf3fa; font-weight: 600; } tr.null td { background: #f5f2ed; }
-small, .low { color: #555; font-weight: 400; font-size: 12px; } figure { margin: .8rem 0; } img { max-width: 100%; }
-figcaption { font-size: 13px; color: #444; max-width: 60rem; }
-code, pre { font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre, .prompt { background: #f6f6f6; padding: .35rem .6rem; border-left: 3px solid #ccc; margin: .3rem 0; }
-.prompt { white-space: pre-wrap; }
-.badge { border: 1px solid #111; border-radius: 1em; padding: 0 .6em; font-size: 12px; white-space: nowrap; font-weight: 600; }
-.yes { background: #0072b2; border-color: #0072b2; color: #fff; } .no { background: #fff; } .open { border-style: dashed; }
-.banner { border: 2px solid #b34700; border-left-width: 10px; padding: .5rem .9rem; margin: 1rem 0; max-width: 60rem; }
-details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
-@media print { body { font-size: 11px; margin: 0; max-width: none; } h3, figure, tr { break-inside: avoid; }
-  .wide { overflow: visible; } table { font-size: 9px; } th, td { padding: .1rem .3rem; } a { color: inherit; } }
-"""
-
 
 def render(experiment: "Experiment") -> str:
     """The report as one HTML page, figures inside."""
     reports = [(target, report) for target, row in experiment.reports.items() for report in row.values()]
     parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>contrans report: {escape(_listed(experiment.reports))}</title><style>{_CSS}</style>",
+        opening(f"contrans report: {_listed(experiment.reports)}"),
         "<h1>Concepts carried between language models</h1>",
         *_banners(experiment, reports),
         *_verdicts(reports),
@@ -113,19 +83,19 @@ def _verdicts(reports: Sequence[tuple[str, TransferReport]]) -> list[str]:
             (arm for arm in NULLS if arm in report.differences), key=lambda arm: report.differences[arm].low, default=None
         )
         cells = [
-            _left(report.concept),
-            _left(target),
-            _left(_badge(report), safe=True),
-            _td(f"{escape(_words(report.metric))} {_WAYS[report.wanted]}"),
-            *(_td(_cell(_of(report, arm, report.metric))) for arm in ("base", "transplanted", "native")),
-            _td(_cell(report.transfer_rate)),
-            _td(
+            td_text(report.concept),
+            td_text(target),
+            td_text(_badge(report), safe=True),
+            td(f"{escape(_words(report.metric))} {_WAYS[report.wanted]}"),
+            *(td(_cell(_of(report, arm, report.metric))) for arm in ("base", "transplanted", "native")),
+            td(_cell(report.transfer_rate)),
+            td(
                 ""
                 if nearest is None
                 else f"{_cell(report.differences[nearest], signed=True)}<small>{escape(_words(nearest))}</small>"
             ),
-            _td(_cell(_of(report, "transplanted", "kl"))),
-            _td(f"{report.layer_source} → {report.layer_target}, × {report.strength:.3g}"),
+            td(_cell(_of(report, "transplanted", "kl"))),
+            td(f"{report.layer_source} → {report.layer_target}, × {report.strength:.3g}"),
         ]
         rows.append(f"<tr>{''.join(cells)}")
     said = [f"<li>{escape(report.verdict)}" for _, report in reports]
@@ -133,7 +103,7 @@ def _verdicts(reports: Sequence[tuple[str, TransferReport]]) -> list[str]:
         "<h2>Verdict</h2>",
         f"<p><strong>{arrived} of {_count(len(reports), 'transfer')} stood out from the base and every null control.</strong>",
         f"<ul>{''.join(said)}</ul>",
-        _table(
+        table(
             heads,
             rows,
             left=3,
@@ -189,11 +159,11 @@ def _overview(target: str, row: Mapping[str, TransferReport]) -> list[str]:
         return ["<p>No arm was measured."]
     concepts = _listed(measured)
     arms, gaps = (
-        _figure(
+        figure(
             lambda: plots.arms_figure(measured),
             f"Every arm in {target}, with intervals, for {concepts}. {_told(measured)}",
         ),
-        _figure(
+        figure(
             lambda: plots.differences_figure(measured),
             f"Paired differences, transplanted less every other arm, in {target} for {concepts}.",
             "An arm that is drawn hollow, its interval reaching 0, is not told apart from the transplanted one. Of an arm of "
@@ -232,7 +202,7 @@ def _concept(report: TransferReport) -> list[str]:
         _arms_table(report),
         "<h4>How layers and strength were chosen</h4>",
         _multiplicity(report),
-        _figure(
+        figure(
             lambda: plots.sweep_figure(report),
             f"Effect on the select split against strength, loss and KL of {_name(report)}. Chosen: layers "
             f"{report.layer_source} to {report.layer_target}, strength {report.strength:.3g}.",
@@ -267,12 +237,12 @@ def _arms_table(report: TransferReport) -> str:
     for arm, values in report.arms.items():
         geometry, gap = report.geometry.get(arm, {}), report.differences.get(arm)
         cells = [
-            _left(_words(arm)),
-            _td(_cell(values.get(headline))),
+            td_text(_words(arm)),
+            td(_cell(values.get(headline))),
             f"<td>{_strip(values[headline], scale) if headline in values else ''}",
-            _td(_cell(gap, signed=True)),
-            *(_td(_cell(values.get(metric))) for metric in more),
-            *(_td(f"{geometry[key]:.2f}" if key in geometry else "") for key in ("cosine_to_native", "norm")),
+            td(_cell(gap, signed=True)),
+            *(td(_cell(values.get(metric))) for metric in more),
+            *(td(f"{geometry[key]:.2f}" if key in geometry else "") for key in ("cosine_to_native", "norm")),
         ]
         rows.append(f'<tr class="{_kind(arm)}">{"".join(cells)}')
     n = max((one.n for one in every), default=0)
@@ -284,7 +254,7 @@ def _arms_table(report: TransferReport) -> str:
         "arm does in the direction wanted, on the same prompts; of an arm of several vectors, the nearest"
         "<dt>cosine to native, norm<dd>of the vector that was added, before the strength</dl></details>"
     )
-    return _table([*heads, "cosine to native", "norm"], rows, caption) + legend
+    return table([*heads, "cosine to native", "norm"], rows, caption) + legend
 
 
 def _meaning(metric: str) -> str:
@@ -362,20 +332,18 @@ def _sweep_table(report: TransferReport) -> str:
         marks = [f"frontier of {'loss' if cost == 'loss_increase' else 'KL'}" for cost, best in fronts.items() if point in best]
         chosen = (point["layer_source"], point["layer_target"], point["strength"]) == here
         cells = [
-            _td(f"{point['layer_source']} → {point['layer_target']}"),
-            _td(f"{point['setting']:g}"),
-            _td(f"{point['strength']:.3g}"),
-            _td(f"{point['effect']:.3f}"),
-            _td(f"{point['loss_increase']:+.3f}"),
-            _td(f"{point['kl']:.3f}"),
-            _left(", ".join([*(["chosen"] if chosen else []), *marks])),
+            td(f"{point['layer_source']} → {point['layer_target']}"),
+            td(f"{point['setting']:g}"),
+            td(f"{point['strength']:.3g}"),
+            td(f"{point['effect']:.3f}"),
+            td(f"{point['loss_increase']:+.3f}"),
+            td(f"{point['kl']:.3f}"),
+            td_text(", ".join([*(["chosen"] if chosen else []), *marks])),
         ]
         rows.append(f'<tr class="{"moved" if chosen else ""}">{"".join(cells)}')
     heads = ("layers", "setting", "strength", f"{_words(report.metric)}", "loss increase", "KL", "")
-    swept = _table(
-        heads, rows, "Every setting measured on the whole select split; the frontier is what no other setting beats."
-    )
-    screened = _table(
+    swept = table(heads, rows, "Every setting measured on the whole select split; the frontier is what no other setting beats.")
+    screened = table(
         ("layers", "strength", _words(report.metric)),
         [
             f"<tr><td>{p['layer_source']} → {p['layer_target']}<td>{p['strength']:.3g}<td>{p['screened']:.3f}"
@@ -392,7 +360,7 @@ def _steerability(report: TransferReport) -> list[str]:
     if not report.steerability:
         return []
     rows = [
-        f"<tr>{_left(_words(arm))}{_td(_cell(one.slope))}{_td(_cell(one.anti_steerable))}{_td(_cell(one.spearman))}"
+        f"<tr>{td_text(_words(arm))}{td(_cell(one.slope))}{td(_cell(one.anti_steerable))}{td(_cell(one.spearman))}"
         for arm, one in report.steerability.items()
     ]
     moved = report.steerability.get("transplanted")
@@ -404,8 +372,8 @@ def _steerability(report: TransferReport) -> list[str]:
         "<p>How far each prompt leans the concept's way (its propensity: for questions, the log-probability of the answer less "
         "that of the best wrong one) when the strength grows. A prompt with a negative slope goes the other way: it is "
         "anti-steerable. Spearman is the rank correlation of propensity with strength, mean over prompts.",
-        _figure(lambda: plots.steerability_figure(report), f"Propensity against strength of {_name(report)}.{told}"),
-        _table(("arm", "slope", "anti-steerable share", "Spearman"), rows, "Over the test prompts."),
+        figure(lambda: plots.steerability_figure(report), f"Propensity against strength of {_name(report)}.{told}"),
+        table(("arm", "slope", "anti-steerable share", "Spearman"), rows, "Over the test prompts."),
     ]
 
 
@@ -422,9 +390,12 @@ def _held_out(report: TransferReport) -> str:
         "A prompt counts as seen if it occurs there in any case or spacing, as a part or as a whole",
     }
     items = "".join(f"<dt>{term}<dd>{escape(meaning)}" for term, meaning in said.items())
-    rows = [f"<tr>{_left(leak.prompt)}{_left(leak.how)}{_left(leak.place)}{_left(leak.text)}" for leak in report.leaks[:_MOST]]
+    rows = [
+        f"<tr>{td_text(leak.prompt)}{td_text(leak.how)}{td_text(leak.place)}{td_text(leak.text)}"
+        for leak in report.leaks[:_MOST]
+    ]
     more = f" ({_MOST} of {len(report.leaks)})" if len(report.leaks) > _MOST else ""
-    leaks = _table(("prompt", "how", "where", "text"), rows, f"Prompts that had been seen{more}.") if rows else ""
+    leaks = table(("prompt", "how", "where", "text"), rows, f"Prompts that had been seen{more}.") if rows else ""
     return f"<dl>{items}</dl>{leaks}"
 
 
@@ -438,19 +409,19 @@ def _samples(report: TransferReport) -> list[str]:
     blocks = []
     for i, prompt in enumerate(report.prompts):
         rows = [
-            f'<tr class="{_kind(arm)}">{_left(_words(arm))}{_left(texts[i])}'
+            f'<tr class="{_kind(arm)}">{td_text(_words(arm))}{td_text(texts[i])}'
             for arm, texts in report.texts.items()
             if i < len(texts)
         ]
-        blocks.append(f'<div class="prompt">{escape(prompt)}</div>{_table(("arm", "continuation"), rows, "", left=2)}')
+        blocks.append(f'<div class="prompt">{escape(prompt)}</div>{table(("arm", "continuation"), rows, "", left=2)}')
     return [f"<details><summary>First prompts and what each arm writes behind them</summary>{''.join(blocks)}</details>"]
 
 
 def _made(experiment: "Experiment") -> list[str]:
     about = experiment.about
     models = [
-        f"<tr>{_left(role)}{_left(m['name'])}{_left(str(m['n_layers']))}{_left(str(m['d_model']))}"
-        f"{_left(m.get('revision') or '')}{_left(m['fingerprint'])}{_left(m['basis'])}"
+        f"<tr>{td_text(role)}{td_text(m['name'])}{td_text(str(m['n_layers']))}{td_text(str(m['d_model']))}"
+        f"{td_text(m.get('revision') or '')}{td_text(m['fingerprint'])}{td_text(m['basis'])}"
         for role, m in about["models"].items()
     ]
     said = {
@@ -467,42 +438,10 @@ def _made(experiment: "Experiment") -> list[str]:
         "<h2>How it was made</h2>",
         f"<h4>What failed as a whole</h4><ul>{failures}</ul>" if failures else "",
         f"<dl>{items}</dl>",
-        _table(heads, models, "Models, with hashes of their weights.", left=len(heads)),
+        table(heads, models, "Models, with hashes of their weights.", left=len(heads)),
         "<p><small>All numbers, prompt by prompt, are in report.json beside this page; <code>contrans compare</code> lays two "
         "of them side by side.</small>",
     ]
-
-
-def _figure(draw: Callable[[], Any], alt: str, caption: str = "") -> str:
-    """The drawn figure as an image of few colours; a line that says what is missing where there is no matplotlib."""
-    try:
-        figure = draw()
-    except ImportError as error:
-        return f'<p class="low">No figure: {escape(str(error))}</p>'
-    from PIL import Image
-
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png")
-    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
-    data = base64.b64encode(small.getvalue()).decode()
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">{below}</figure>'
-
-
-def _table(heads: Sequence[str], rows: Sequence[str], caption: str, *, left: int = 1) -> str:
-    """Rows of cells that are escaped already."""
-    cells = "".join(f"<th{' class=text' if i < left else ''}>{escape(head)}" for i, head in enumerate(heads))
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{above}<thead><tr>{cells}<tbody>{"".join(rows)}</table></div>'
-
-
-def _td(content: Any) -> str:
-    """A cell of numbers, or of what is escaped already."""
-    return f"<td>{content}"
-
-
-def _left(text: str, *, safe: bool = False) -> str:
-    return f'<td class="text">{text if safe else escape(text)}'
 
 
 def _cell(estimate: Estimate | None, *, signed: bool = False) -> str:
