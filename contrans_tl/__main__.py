@@ -354,6 +354,58 @@ def select(
 
 
 @app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of the model that the concept lives in.")],
+    concept: Annotated[Path, typer.Argument(help="What `refine` or `reformulate` wrote.")],
+    pairs: Pairs,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer to look at, and to inject at; not needed for a carried concept.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Of the injection.")] = 1.0,
+    texts: Annotated[
+        Path | None, typer.Option(help="Text that survival is measured on; default: the negative prompts.")
+    ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Compare with the model's own vector, refined from --pairs.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for diagnosis.json, diagnosis.html and the figures.")] = Path(
+        "contrans-diagnosis"
+    ),
+    device: Device = None,
+    dtype: Dtype = "float32",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: int = 0,
+) -> None:
+    """Where a concept is in a model, who writes and reads it, and what carries its effect: layers and heads, with figures."""
+    _quiet()
+    from contrans_tl import ConceptVector, ContrastPairs, read_sentences
+    from contrans_tl import diagnostics as d
+    from contrans_tl import refine as refine_concept
+    from contrans_tl.diagnostics.page import write_examination
+    from contrans_tl.models import check_model_name
+
+    contrast, vector = ContrastPairs.load(pairs), ConceptVector.load(concept)
+    neutral = None if texts is None else read_sentences(texts)
+    if layer is None and len(vector.layers) > 1:
+        raise ValueError(f"{concept} has vectors at layers {vector.layers[0]} to {vector.layers[-1]}: choose one with --layer.")
+    check_model_name(model)
+    loaded = _load(model, device, dtype)
+    found = d.diagnose(
+        loaded,
+        vector,
+        contrast,
+        layer=vector.layers[0] if layer is None else layer,
+        strength=strength,
+        texts=neutral,
+        native=refine_concept(loaded, contrast, batch_size=batch_size) if native else None,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    write_examination(found, out, command=_COMMAND.get())
+    typer.echo(f"{found}\n\n{out / 'diagnosis.html'}")
+
+
+@app.command()
 def generate(
     model: str,
     concept: Annotated[Path, typer.Argument(help="What `refine` or `reformulate` wrote.")],

@@ -17,11 +17,13 @@ from contrans_tl.diagnostics.readout import Readout, readout
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
 from contrans_tl.diagnostics.separability import Separability, separability
 from contrans_tl.diagnostics.sweeps import Sweep, sweep
+from contrans_tl.diagnostics.whole import Examination, diagnose
 from contrans_tl.diagnostics.writing import Writers, writers
 
 __all__ = [
     "Attribution",
     "Diagnosis",
+    "Examination",
     "Grids",
     "HeadProbes",
     "Metric",
@@ -37,6 +39,7 @@ __all__ = [
     "Sweep",
     "Writers",
     "attribute",
+    "diagnose",
     "grids",
     "patch",
     "patch_paths",

@@ -17,11 +17,31 @@
     attribution_figure(attribute(model, concept, questions, layer=9)), agreement_figure(of the same)
     patching_figure(patch(model, concept, questions, layer=9))
     strengths_figure(sweep(model, concept, questions))
+    figure_of(report)                                     of any report of `diagnostics`
 
 Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
 direction, so that the figures read in grey and by colour-blind eyes.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from contrans_tl.diagnostics import (
+    Attribution,
+    Diagnosis,
+    Grids,
+    HeadProbes,
+    Patching,
+    PathEffects,
+    PatternChanges,
+    Projections,
+    Readers,
+    Readout,
+    Separability,
+    Survival,
+    Sweep,
+    Writers,
+)
 from contrans_tl.plots.attribution import agreement_figure, attribution_figure, patching_figure, strengths_figure
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
 from contrans_tl.plots.heads import paths_figure, patterns_figure, readers_figure, writers_figure
@@ -35,11 +55,37 @@ from contrans_tl.plots.layers import (
 from contrans_tl.plots.maps import grid_figure, learning_curve_figure, quality_figure, splice_figure
 from contrans_tl.plots.probes import probes_figure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FIGURES: dict[type[Diagnosis], Callable[..., Any]] = {
+    Attribution: attribution_figure,
+    Grids: grids_figure,
+    HeadProbes: probes_figure,
+    Patching: patching_figure,
+    PathEffects: paths_figure,
+    PatternChanges: patterns_figure,
+    Projections: projections_figure,
+    Readers: readers_figure,
+    Readout: readout_figure,
+    Separability: separability_figure,
+    Survival: survival_figure,
+    Sweep: strengths_figure,
+    Writers: writers_figure,
+}
+
+
+def figure_of(report: Diagnosis) -> "Figure":
+    """The figure of any report of `diagnostics`."""
+    return _FIGURES[type(report)](report)
+
+
 __all__ = [
     "agreement_figure",
     "arms_figure",
     "attribution_figure",
     "differences_figure",
+    "figure_of",
     "grid_figure",
     "grids_figure",
     "learning_curve_figure",
