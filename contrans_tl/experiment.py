@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -25,6 +25,9 @@ from contrans_tl.activations import Activations, Rows, collect
 from contrans_tl.affine import UNWEIGHTED
 from contrans_tl.artifacts import versions
 from contrans_tl.data import ContrastPairs, cut_short
+from contrans_tl.diagnostics.attribution import attribute
+from contrans_tl.diagnostics.layers import survival
+from contrans_tl.diagnostics.scores import Diagnosis
 from contrans_tl.evaluation import (
     Interrupted,
     Rivals,
@@ -41,6 +44,8 @@ from contrans_tl.models import HookedModel, ModelId, identify
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
 
+DIAGNOSED = 48
+"""Test questions that the effect is attributed to heads on."""
 KIND, FORMAT = "contrans report", 2
 """What report.json says it is. Format 1, which did not say so, had no prompts, doses and paired differences."""
 
@@ -52,6 +57,12 @@ class Transfer:
     report: TransferReport
     moved: ConceptVector
     map: AffineMap
+    diagnoses: Mapping[str, Diagnosis] = field(default_factory=dict)
+    """`survival` of the injection by layer and, for questions, `attribution` of its effect to heads."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What report.json holds of it."""
+        return {**self.report.to_dict(), "diagnoses": {name: found.to_dict() for name, found in self.diagnoses.items()}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +83,9 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds."""
-        targets = {target: {name: report.to_dict() for name, report in row.items()} for target, row in self.reports.items()}
+        targets = {
+            target: {name: transfer.to_dict() for name, transfer in row.items()} for target, row in self.transfers.items()
+        }
         return {"kind": KIND, "format": FORMAT, **self.about, "targets": targets}
 
 
@@ -188,6 +201,8 @@ def run_experiment(
                 report = interrupted.report
                 stop.set()
             found[name][concept] = _transfer(report, refined[concept], main)
+            if not stop.is_set():
+                found[name][concept] = _diagnosed(found[name][concept], target, pairs, neutral)
 
     def experiment() -> Experiment:
         reached = {f"{concept} into {name}" for name, row in found.items() for concept in row} | set(failures)
@@ -262,6 +277,16 @@ def evaluate_saved(
         )
     except Interrupted as interrupted:
         raise Interrupted(experiment(interrupted.report)) from interrupted
+
+
+def _diagnosed(transfer: Transfer, target: HookedModel, pairs: ContrastPairs, texts: Sequence[str]) -> Transfer:
+    """With where it acts: its way through the layers and, where the concept has questions, the heads that carry its effect."""
+    placed: dict[str, Any] = {"layer": transfer.report.layer_target, "strength": transfer.report.strength}
+    native = refine(target, pairs)
+    diagnoses: dict[str, Diagnosis] = {"survival": survival(target, transfer.moved, texts[:16], native=native, **placed)}
+    if questions := pairs.test[:DIAGNOSED]:
+        diagnoses["attribution"] = attribute(target, transfer.moved, questions, check=0, **placed)
+    return replace(transfer, diagnoses=diagnoses)
 
 
 def _transfer(report: TransferReport, concept: ConceptVector, maps: LayerMaps) -> Transfer:

@@ -12,7 +12,7 @@ from contrans_tl.evaluation import ARMS, NULLS, Estimate, TransferReport, fronti
 from contrans_tl.markup import figure, opening, table, td, td_text
 
 if TYPE_CHECKING:
-    from contrans_tl.experiment import Experiment
+    from contrans_tl.experiment import Experiment, Transfer
 
 METRICS = {
     "token_accuracy": "share of prompts that the model, free to write any word, continues with the concept's answer",
@@ -44,6 +44,7 @@ def render(experiment: "Experiment") -> str:
     for target, row in experiment.reports.items():
         parts.append(f"<h2>Into {escape(target)}</h2>")
         parts += _overview(target, row)
+        parts += _acting(target, experiment.transfers[target])
         for report in row.values():
             parts += _concept(report)
     parts += _made(experiment)
@@ -171,6 +172,32 @@ def _overview(target: str, row: Mapping[str, TransferReport]) -> list[str]:
         ),
     )
     return [arms, gaps] if arms != gaps else [arms]
+
+
+def _acting(target: str, row: Mapping[str, "Transfer"]) -> list[str]:
+    """Where the transplants act: layers and heads."""
+    from contrans_tl import plots
+    from contrans_tl.diagnostics import Attribution, Survival
+
+    survivals, attributions = (
+        {concept: found for concept, t in row.items() if isinstance(found := t.diagnoses.get(name), kind)}
+        for name, kind in (("survival", Survival), ("attribution", Attribution))
+    )
+    if not survivals:
+        return []
+    said = "; ".join(
+        f"{concept} at layer {row[concept].report.layer_target}, × {row[concept].report.strength:.3g}" for concept in survivals
+    )
+    return [
+        "<h4>Where they act</h4>",
+        figure(
+            lambda: plots.acting_figure(survivals, attributions),
+            f"Layers and heads that carried concepts act on in {target}: {said}.",
+            f"Left: of each injected concept ({said}) the change of the stream that is left after each later layer, beside the "
+            "target's own vector of that layer; dotted, the highest of vectors drawn at random. Right: the share of its effect "
+            "on the test questions that gradients attribute to each head's change; `contrans diagnose` measures it.",
+        ),
+    ]
 
 
 def _told(row: Mapping[str, TransferReport]) -> str:

@@ -17,6 +17,7 @@
     attribution_figure(attribute(model, concept, questions, layer=9)), agreement_figure(of the same)
     patching_figure(patch(model, concept, questions, layer=9))
     strengths_figure(sweep(model, concept, questions))
+    acting_figure(survivals, attributions)                where several concepts act in one target
     figure_of(report)                                     of any report of `diagnostics`
 
 Things are told apart by their place, marker and line first and by colour second, and maps of colour grow darker in one
@@ -42,6 +43,7 @@ from contrans_tl.diagnostics import (
     Sweep,
     Writers,
 )
+from contrans_tl.plots.acting import acting_figure
 from contrans_tl.plots.attribution import agreement_figure, attribution_figure, patching_figure, strengths_figure
 from contrans_tl.plots.evaluation import arms_figure, differences_figure, steerability_figure, sweep_figure
 from contrans_tl.plots.heads import paths_figure, patterns_figure, readers_figure, writers_figure
@@ -81,6 +83,7 @@ def figure_of(report: Diagnosis) -> "Figure":
 
 
 __all__ = [
+    "acting_figure",
     "agreement_figure",
     "arms_figure",
     "attribution_figure",

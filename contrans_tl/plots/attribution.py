@@ -161,6 +161,7 @@ def patching_figure(report: Patching) -> "Figure":
 def _map(axis: "Axes", values: Tensor, rows: Sequence[str], columns: Sequence[str], unit: str, fit: int | None = None) -> None:
     digits = 1 if float(values.abs().max()) >= 10 else 2
     heat_map(axis, values.float().numpy(), rows, columns, signed=True, unit=unit, digits=digits, fit=fit)
+    axis.invert_yaxis()  # the first layer below, as the stream flows up
 
 
 def _places(labels: Sequence[str], tokens: Sequence[str]) -> list[str]:
