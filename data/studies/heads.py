@@ -4,8 +4,8 @@
 
 The heads are those that a centre-of-mass probe in the target finds (`probe_heads`); effects are token accuracies on the select
 split, which no head was chosen by. Columns: the target's own vectors; those carried from all source heads together; at their
-norms, those carried from the best single head, by maps of shuffled rows, and drawn at random; and the target's own vectors at the
-heads that the probe finds worst.
+norms, those carried from the best single head, by maps of shuffled rows, and drawn at random; and the target's own vectors at
+the heads that the probe finds worst.
 """
 
 import argparse
