@@ -68,8 +68,9 @@ def test_the_projection_figure_shows_the_stream_and_what_changed_with_zero_in_wh
     found = Projections(about="projection on calm", prompts=prompts, **banded(axes))
     clean, change, last = shown(figure := named(plots.projections_figure(found)))
     assert torch.equal(shades(clean), found.scores.values[0]) and torch.allclose(shades(change), found.change.values)
-    low, high = change.images[0].get_clim()
-    assert low == -high
+    for panel in (clean, change):
+        low, high = panel.images[0].get_clim()
+        assert low == -high == -float(shades(panel).abs().max()), "zero is in the middle"
     assert heights(last)[:2] == [pytest.approx(run[:, -1].tolist()) for run in found.scores.values]
     assert clean.get_ylim()[0] < clean.get_ylim()[1], "the first layer at the bottom"
     assert not overlapping(figure)
