@@ -100,11 +100,11 @@ def patch_paths(
     effects, whole = torch.zeros(len(asked), len(places)), torch.zeros(len(asked))
     check_formula(model, asked.sequences[0], above)
     for batch in batches(model, asked.sequences, batch_size):
-        clean = _Clean(model, batch, vector, positions, [m for m in above if any(m == at[0] for at, _ in places)])
+        clean = _Clean(model, batch, vector, positions, sorted({m for (m, _), _ in places}))
         base = asked.metric(clean.logits, clean.logits, batch.prompts).cpu()
         whole[batch.prompts] = asked.metric(clean.transplanted(layer), clean.logits, batch.prompts).cpu() - base
         for m in clean.layers:
-            here = [place for place in places if place[0][0] == m]
+            here = [((of, head), through) for (of, head), through in places if of == m]
             for some in chunks(here, rows // len(batch.prompts)):
                 many = batch.times(len(some))
                 logits = clean.patched(m, [(head, through) for (_, head), through in some], many)
