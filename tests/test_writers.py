@@ -235,7 +235,7 @@ def test_there_are_two_sides(tmp_path, bridges):
 
 
 def test_intervals_of_parts_are_those_of_differences_where_prompts_are_pairs():
-    values, rival = np.random.default_rng(0).normal(size=(2, 12, 3))
+    values, rival = np.random.default_rng(0).normal(size=(2, 10, 3))
     for part, found in enumerate(mean_differences(values, rival)):
         alone = difference(values[:, part], rival[None, :, part])
         assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high))
