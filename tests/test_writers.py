@@ -246,6 +246,6 @@ def test_intervals_of_parts_hold_the_difference_of_sides_of_unequal_size():
     rng, lists, parts = np.random.default_rng(0), 30, 30
     held = 0
     for _ in range(lists):
-        values, rival = 1.0 + rng.normal(size=(40, parts)), 3.0 * rng.normal(size=(25, parts))
+        values, rival = 3.0 + rng.normal(size=(40, parts)), 2.0 + 3.0 * rng.normal(size=(25, parts))
         held += sum(one.low <= 1.0 <= one.high for one in mean_differences(values, rival))
     assert 0.92 < held / (lists * parts) < 0.98, held
