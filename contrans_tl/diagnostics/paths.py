@@ -30,7 +30,7 @@ from contrans_tl.diagnostics.reading import Places, behind, check_formula, proje
 from contrans_tl.diagnostics.runs import Batch, batches, chunks, keep, read_logits
 from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers, signed
 from contrans_tl.evaluation.intervals import Estimate, mean_differences
-from contrans_tl.models import Hook, HookedModel, Site, hook_name, key_heads
+from contrans_tl.models import Hook, HookedModel, Site, hook_name
 from contrans_tl.refinement import ConceptVector
 
 if TYPE_CHECKING:
@@ -100,11 +100,11 @@ def patch_paths(
     effects, whole = torch.zeros(len(asked), len(places)), torch.zeros(len(asked))
     check_formula(model, asked.sequences[0], above)
     for batch in batches(model, asked.sequences, batch_size):
-        clean = _Clean(model, batch, vector, positions, [m for m in above if any(m == at[0] for at, _ in places)])
+        clean = _Clean(model, batch, vector, positions, sorted({m for (m, _), _ in places}))
         base = asked.metric(clean.logits, clean.logits, batch.prompts).cpu()
         whole[batch.prompts] = asked.metric(clean.transplanted(layer), clean.logits, batch.prompts).cpu() - base
         for m in clean.layers:
-            here = [place for place in places if place[0][0] == m]
+            here = [((of, head), through) for (of, head), through in places if of == m]
             for some in chunks(here, rows // len(batch.prompts)):
                 many = batch.times(len(some))
                 logits = clean.patched(m, [(head, through) for (_, head), through in some], many)
@@ -153,12 +153,11 @@ class _Clean:
         """Logits of "(setting prompt)" rows, in each of which one head of the layer sees the vector through one way."""
         resid = self._seen[hook_name(layer, "resid_pre")]
         changed = projected(self.model, layer, self._with_vector(resid))
-        shared = self.model.cfg.n_heads // key_heads(self.model)
         hooks: list[Hook] = []
         names: tuple[Site, ...] = ("q", "k", "v")
         for name in names:
-            group = 1 if name == "q" else shared
-            at = {setting: head // group for setting, (head, by) in enumerate(settings) if name in by}
+            # Of all heads, as all but one put out what they do in the clean run: so shared keys need no thought.
+            at = [setting for setting, (_, by) in enumerate(settings) if name in by]
             hooks.append((hook_name(layer, name), partial(_put, at=at, new=changed[name])))
         only = [head for head, _ in settings]
         hooks.append((hook_name(layer, "z"), partial(_only, heads=only, clean=self._seen[hook_name(layer, "z")])))
@@ -172,12 +171,11 @@ class _Clean:
 
 
 def _put(
-    x: Float[Tensor, "row pos head d_head"], hook: Any, *, at: dict[int, int], new: Float[Tensor, "prompt pos head d_head"]
+    x: Float[Tensor, "row pos head d_head"], hook: Any, *, at: Sequence[int], new: Float[Tensor, "prompt pos head d_head"]
 ) -> Tensor:
-    """In each setting one head's q, k or v is another."""
+    """In some settings the layer's q, k or v are others."""
     x = rearrange(x.clone(), "(setting prompt) pos head d_head -> setting prompt pos head d_head", prompt=len(new))
-    for setting, head in at.items():
-        x[setting, :, :, head] = new[:, :, head].to(x)
+    x[list(at)] = new.to(x)
     return rearrange(x, "setting prompt pos head d_head -> (setting prompt) pos head d_head")
 
 

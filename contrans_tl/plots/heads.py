@@ -94,7 +94,7 @@ def paths_figure(report: PathEffects) -> "Figure":
 
 def _panels(n_rows: int, columns: Sequence[int | float]) -> tuple["Figure", np.ndarray]:
     """Maps of so many rows and columns in a line, and room for bars at the right."""
-    widths = [float(np.clip(0.36 * n, 0.5, 4.2)) for n in columns]
+    widths = [float(np.clip(0.42 * n, 0.5, 4.2)) for n in columns]
     height = float(np.clip(1.6 + 0.3 * n_rows, 3.4, 8.0))
     figure = new_figure(width=sum(widths) + 5.4, height=height)
     axes = figure.subplots(1, len(columns) + 1, width_ratios=[*widths, 3.2], squeeze=False)[0]
@@ -120,8 +120,8 @@ def _map(axis: "Axes", grid: Scores, limit: float | None, title: str) -> "AxesIm
 
 
 def _digits(largest: float) -> int:
-    """Behind the point, so that the largest number has two."""
-    return int(np.clip(1 - np.floor(np.log10(largest)), 0, 3))
+    """Behind the point: the largest number has two digits, and none is too long for its cell."""
+    return int(np.clip(1 - np.floor(np.log10(largest)), 0, 2 if largest >= 0.05 else 3))
 
 
 def _bars(axis: "Axes", scores: Scores, intervals: Sequence[Estimate] | None, *, by: str = "magnitude") -> list[int]:
