@@ -179,10 +179,8 @@ def _acting(target: str, row: Mapping[str, "Transfer"]) -> list[str]:
     from contrans_tl import plots
     from contrans_tl.diagnostics import Attribution, Survival
 
-    survivals, attributions = (
-        {concept: found for concept, t in row.items() if isinstance(found := t.diagnoses.get(name), kind)}
-        for name, kind in (("survival", Survival), ("attribution", Attribution))
-    )
+    survivals = {c: found for c, t in row.items() if isinstance(found := t.diagnoses.get("survival"), Survival)}
+    attributions = {c: found for c, t in row.items() if isinstance(found := t.diagnoses.get("attribution"), Attribution)}
     if not survivals:
         return []
     said = "; ".join(
