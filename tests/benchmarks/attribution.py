@@ -69,10 +69,10 @@ class Bench:
     def check(self) -> None:
         """The layer's attribution is the slope of runs with the vector."""
         means = []
-        for strength in (1e-2, -1e-2):
+        for strength in (1e-3, -1e-3):
             with transplant(self.model, self.concept, strength=strength, layers=[self.layer]):
                 means.append(self.forward())
-        slope, found = (means[0] - means[1]) / 2e-2, float(self.attribution().layers.at(layer=self.layer))
+        slope, found = (means[0] - means[1]) / 2e-3, float(self.attribution().layers.at(layer=self.layer))
         assert abs(found - slope) < 0.02 * abs(slope) + 1e-2, f"attribution {found}, slope {slope}"
 
 
