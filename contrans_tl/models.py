@@ -335,6 +335,25 @@ def head_only_at(model: HookedModel, where: Bool[Tensor, "prompt pos"]) -> Itera
         head.__dict__.pop("forward", None)
 
 
+@contextmanager
+def head_once_at(model: HookedModel, positions: Int[Tensor, " prompt"]) -> Iterator[None]:
+    """While open, a forward pass over as many prompts gives logits "prompt 1 vocab": those at one position of each, and no
+    others. Unlike `head_only_at` it makes no room for the rest, which is most of the memory of a pass with a large vocabulary.
+    """
+    head = model.unembed
+    everywhere = head.forward
+
+    def there(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = torch.arange(len(positions), device=hidden.device)
+        return everywhere(hidden[rows, positions.to(hidden.device)][:, None], *args, **kwargs)
+
+    try:
+        head.__dict__["forward"] = there  # as in `resumed_after`
+        yield
+    finally:
+        head.__dict__.pop("forward", None)
+
+
 @dataclass(frozen=True, eq=False)
 class FrozenNorm:
     """A norm of the stream with its scale held: x / scale -> gain * (x less its mean, for LayerNorm) / scale + bias."""

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from contrans_tl.evaluation.subjects import device_of
-from contrans_tl.models import Hook, HookedModel, check_ready, head_only_at, identify, resumed_after
+from contrans_tl.models import Hook, HookedModel, check_ready, head_once_at, identify, resumed_after
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad
 
@@ -71,16 +71,12 @@ def read_logits(
     Args:
         after: (layer, its output "prompt pos d_model"): run from there on only.
     """
-    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
-    where = torch.zeros_like(batch.mask, dtype=torch.bool)
-    where[rows, batch.last] = True
     with ExitStack() as stack:
-        stack.enter_context(head_only_at(model, where))
+        stack.enter_context(head_once_at(model, batch.last))
         if after is not None:
             stack.enter_context(resumed_after(model, *after))
         stack.enter_context(model.hooks(fwd_hooks=list(hooks)))
-        logits = model(batch.tokens, return_type="logits", attention_mask=batch.mask)
-    return logits[rows.to(logits.device), batch.last.to(logits.device)].float()
+        return model(batch.tokens, return_type="logits", attention_mask=batch.mask)[:, 0].float()
 
 
 def keep(names: Sequence[str], seen: dict[str, Tensor]) -> list[Hook]:

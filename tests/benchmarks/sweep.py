@@ -59,6 +59,7 @@ class Bench:
     def single(self) -> torch.Tensor:
         read = [encoding.ids for encoding in encode(self.model, self.texts)]
         tokens, mask = pad(read)
+        tokens[mask == 0] = self.model.tokenizer.pad_token_id  # by which a transplant at the last token knows padding
         rows = []
         for layer, strength, positions in product(self.concept.layers, self.strengths, POSITIONS):
             with transplant(self.model, self.concept, strength=strength, layers=[layer], positions=positions):
