@@ -44,7 +44,7 @@ def opening(title: str) -> str:
 
 
 def figure(draw: Callable[[], Any], alt: str, caption: str = "") -> str:
-    """The drawn figure as an image of few colours; a line that says what is missing where there is no matplotlib."""
+    """The drawn figure as an image of 256 colours; a line that says what is missing where there is no matplotlib."""
     try:
         drawn = draw()
     except ImportError as error:
@@ -53,7 +53,7 @@ def figure(draw: Callable[[], Any], alt: str, caption: str = "") -> str:
 
     buffer, small = io.BytesIO(), io.BytesIO()
     drawn.savefig(buffer, format="png")
-    Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     data = base64.b64encode(small.getvalue()).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">{below}</figure>'
