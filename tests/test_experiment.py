@@ -66,10 +66,23 @@ def test_the_saved_folder_holds_the_numbers_the_vectors_and_a_page_that_stands_a
     # float32 storage of a float64 solve
     assert torch.allclose(through, moved.at(anger["layer_target"]), rtol=1e-4, atol=1e-4 * float(through.norm()))
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + 2 * 2, (
-        "arms and differences, and for each concept sweep and steerability"
+    assert page.count("data:image/png;base64,") == 3 + 2 * 2, (
+        "arms, differences and where they act, and for each concept sweep and steerability"
     )
     assert "http" not in page and len(page) < 2e6
+
+
+def test_the_report_shows_the_layers_and_heads_that_the_transplants_act_on(experiment, tmp_path):
+    save_experiment(experiment, tmp_path)
+    for name, transfer in experiment.transfers["target-gpt2"].items():
+        kept, heads = transfer.diagnoses["survival"], transfer.diagnoses["attribution"].heads
+        t = transfer.report.layer_target
+        assert kept.scores.axes["layer"][0] == f"L{t}" and heads.axes["head"] == tuple(f"H{h}" for h in range(5))
+        assert not heads.values[: t + 1].any() and heads.values[t + 1 :].all()  # heads up to the injection saw nothing of it
+        written = read_report(tmp_path)["targets"]["target-gpt2"][name]["diagnoses"]
+        assert set(written) == {"survival", "attribution"}
+    page = (tmp_path / "report.html").read_text()
+    assert "Where they act" in page and f"anger at layer {experiment.reports['target-gpt2']['anger'].layer_target}" in page
 
 
 def test_a_corpus_that_contains_a_prompt_is_refused():

@@ -27,8 +27,8 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def written(text: str, most: int = 60) -> str:
-    """A name from data for use in a figure: on one line, not too long, and never a formula."""
-    line = " ".join(text.split())
+    """A name from data for use in a figure: on one line, not too long, never a formula, and without unprintable characters."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
     return (line if len(line) <= most else f"{line[: most - 1]}…").replace("$", r"\$")
 
 
