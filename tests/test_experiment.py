@@ -114,6 +114,7 @@ def test_the_data_regenerate_byte_for_byte(tmp_path):
         assert (tmp_path / path).read_bytes() == (data / path).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_the_models_of_the_family_are_what_their_names_say():
     data = Path(__file__).parents[1] / "data"
     steps = [f"small-step{step}" for step in (0, 300, 450, 600)]
@@ -192,6 +193,7 @@ def run_quickly(folder: Path, *options: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report_byte_for_byte_apart_from_times(small, capsys):
     options = ["--unit", "native", "--kl-budget", "0.5", "--max-depth", "0.6", "--instruction", "Be angry. "]
     pages, contents = set(), []
@@ -270,6 +272,7 @@ def test_a_saved_concept_and_saved_maps_are_evaluated_without_the_source(small, 
     assert "expected a" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_steps_one_by_one_do_what_the_verbs_do(small, capsys):
     source, target = str(DATA / "pair/source"), str(DATA / "pair/target-gpt2")
     concept, maps, moved = (str(small / name) for name in ("c.safetensors", "m.safetensors", "v.safetensors"))

@@ -79,6 +79,7 @@ def test_the_index_finds_what_comparing_all_with_all_finds():
     assert 20 < len(expected) < 140
 
 
+@pytest.mark.slow
 def test_a_thousand_prompts_are_looked_for_in_a_hundred_thousand_lines_within_seconds():
     rng = random.Random(0)
     vocabulary = [f"w{i}" for i in range(5000)]

@@ -105,6 +105,7 @@ class World:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["target-gpt2", "target-llama"])
 def test_a_concept_of_the_embedded_pair_is_transferred(target, pair):
     world = pair if target == "target-gpt2" else World(target)

@@ -64,6 +64,7 @@ def transfers(source, small, setup):
     return setup.carry(source, small, [concept("anger"), concept("fear")])
 
 
+@pytest.mark.slow
 def test_the_emotions_have_a_row_for_every_target_emotion_and_strength(source, small, setup):
     result = emotions(source, {"here": small}, [concept("anger"), concept("fear")], setup, strengths=(0.5, 3.0))
     run = [(row.labels["target"], row.labels["emotion"], row.labels["strength"]) for row in result.rows]
@@ -98,6 +99,7 @@ def test_a_concept_refined_on_its_own_questions_is_refused_or_marked(source, sma
     assert all({"mc1", "mc2"} <= set(row.values) for row in result.rows)
 
 
+@pytest.mark.slow
 def test_other_ways_to_align_are_rows_of_the_target_they_are_given_for(source, small, setup):
     rivals = {"a": Rivals(instruction="Pretend you are an honest person.\n", aligned=source, proxy=(source, small))}
     pairs = concept("honesty", test=8)
@@ -181,6 +183,7 @@ def test_an_untrained_source_gives_nothing_and_a_trained_one_does(source, small,
     assert not result.row(source="untrained").transferred and result.row(source="source").transferred
 
 
+@pytest.mark.slow
 def test_what_one_source_has_over_another_is_paired_by_prompt(source, small, setup):
     pairs = concept("anger")
     result = alignment(small, source, {"t": small}, [pairs], setup)
@@ -216,6 +219,7 @@ def test_the_embedded_job_of_every_recipe_passes_its_own_checks(name):
     assert job.sources and job.targets and job.setup.n_random >= 20 and "random" in job.setup.arms
 
 
+@pytest.mark.slow
 def test_a_recipe_from_the_command_line_prints_its_table_and_leaves_it(tmp_path, capsys):
     assert main(["recipe", "token_shifts", "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert "ConTrans, Table 8" in capsys.readouterr().out
@@ -224,6 +228,7 @@ def test_a_recipe_from_the_command_line_prints_its_table_and_leaves_it(tmp_path,
     assert {row["labels"]["vector"] for row in content["rows"]} == {"own", "carried", "native"}
 
 
+@pytest.mark.slow
 def test_models_and_files_of_ones_own_take_the_place_of_the_embedded_ones(tmp_path, capsys):
     pairs = json.loads((DATA / "concepts/anger.json").read_text())
     pairs |= {"name": "mine", "select": pairs["select"][:4], "test": pairs["test"][:6]}
