@@ -54,8 +54,8 @@ def figure(draw: Callable[[], Any], alt: str, caption: str = "") -> str:
     buffer, small = io.BytesIO(), io.BytesIO()
     drawn.savefig(buffer, format="png")
     # By coverage: the median cut would turn the rarer shades of a map into another colour.
-    options = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
-    Image.open(buffer).convert("RGB").quantize(256, **options).save(small, format="png", optimize=True)
+    few = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(small, format="png", optimize=True)
     data = base64.b64encode(small.getvalue()).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">{below}</figure>'
