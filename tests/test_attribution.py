@@ -270,7 +270,7 @@ def test_what_cannot_be_attributed_or_patched_is_refused_in_a_sentence(bridges):
             for options, message in wrong:
                 with pytest.raises(ValueError, match=message):
                     work(model, concept, TEXTS, **{"metric": difference, **options})
-            with pytest.raises(ValueError, match="reformulate it into this model"):
+            with pytest.raises(ValueError, match="reformulate it first"):
                 work(other, concept, TEXTS, metric=difference, layer=0)
             with pytest.raises(ValueError, match="expected prompts"):
                 work(model, concept, [], metric=difference, layer=0)

@@ -162,7 +162,7 @@ def test_what_cannot_be_swept_is_refused_in_a_sentence(bridges):
                 sweep(model, concept, TEXTS, **{"metric": difference, **options})
         with pytest.raises(ValueError, match="there is none at 2"):
             sweep(model, concept.only(0, 1), TEXTS, metric=difference, layers=[2])
-        with pytest.raises(ValueError, match="reformulate it into this model"):
+        with pytest.raises(ValueError, match="reformulate it first"):
             sweep(bridges["gpt2"], concept, TEXTS, metric=difference)
     assert not hooks_on(model)
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from contrans_tl.activations import check_texts
+from contrans_tl.diagnostics.runs import Batch
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
 from contrans_tl.diagnostics.scores import layers as layer_labels
-from contrans_tl.diagnostics.streams import Batch, batches, check_steps, follow, over_texts
+from contrans_tl.diagnostics.streams import batches, check_steps, follow, over_texts
 from contrans_tl.models import HookedModel, check_ready, identify
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
@@ -105,7 +106,7 @@ def projections(
     def measure(run: int, batch: Batch, steps: Sequence[Injection]) -> None:
         def look(layer: int, resid: Float[Tensor, "prompt pos d_model"]) -> None:
             along = einsum(resid.float(), units[layer].to(resid.device), "prompt pos d, d -> prompt pos").cpu().numpy()
-            for row, text in enumerate(batch.texts):
+            for row, text in enumerate(batch.prompts.tolist()):
                 reach = along[row, : len(encodings[text].ids)][-shown:]
                 values[run, concept.layers.index(layer), shown - len(reach) :, text] = reach
 
@@ -231,7 +232,7 @@ def survival(
     bos = int(prepends_bos(model, prepend_bos))
     todo = list(batches(model, encodings, batch_size))
     for batch in track(todo, f"survival in {model.cfg.model_name}", len(todo)):
-        values[..., list(batch.texts)] = _survived(model, batch, layers, vectors, native, bos).cpu().numpy()
+        values[..., batch.prompts.tolist()] = _survived(model, batch, layers, vectors, native, bos).cpu().numpy()
     mean, low, high = over_texts(values[:1], seed=seed)
     others = torch.tensor(values[1:].mean(-1))
     axes = {"vector": ("concept", "random"), "measure": measures, "layer": layer_labels(layers)}
@@ -260,7 +261,7 @@ def _survived(
     """`MEASURES` of each vector injected after the first of the layers, means over each prompt's tokens behind its bos."""
     clean: dict[int, Tensor] = {}
     follow(model, batch, layers, lambda layer, resid: clean.update({layer: resid.float().clone()}))
-    counted = batch.real.clone()
+    counted = batch.mask.bool()
     counted[:, :bos] = False
 
     def left_of(vector: Float[Tensor, " d_model"]) -> Float[Tensor, "measure layer prompt"]:

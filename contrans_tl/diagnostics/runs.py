@@ -20,6 +20,7 @@ from contrans_tl.evaluation.subjects import device_of
 from contrans_tl.models import Hook, HookedModel, check_ready, head_once_at, identify, resumed_after
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad
+from contrans_tl.transplantation import check_home
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -96,12 +97,7 @@ def change(name: str, edit: Edit) -> Hook:
 def check_concept(model: HookedModel, concept: ConceptVector) -> None:
     """ValueError for a model in training mode, or a concept of another model or basis."""
     check_ready(model)
-    here = identify(model)
-    if not concept.model.same_space(here):
-        raise ValueError(
-            f"the concept {concept.name!r} lives in {concept.model}, the model is {here}: reformulate it into this model (or "
-            "refine it here, in this basis) first."
-        )
+    check_home(concept, identify(model))
 
 
 def choose_layer(concept: ConceptVector, layer: int | None) -> int:

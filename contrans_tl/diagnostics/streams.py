@@ -6,16 +6,17 @@ token is the last is then beyond doubt.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from contrans_tl.diagnostics.runs import Batch
 from contrans_tl.evaluation.intervals import RESAMPLES
+from contrans_tl.evaluation.subjects import device_of
 from contrans_tl.models import Hook, HookedModel, hook_name, run_blocks
 from contrans_tl.tokens import Encoding, by_length, pad
 from contrans_tl.transplantation import Injection, injection_hooks
@@ -24,24 +25,10 @@ Look = Callable[[int, Float[Tensor, "prompt pos d_model"]], None]
 """What is done with the stream after a layer."""
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Some of the texts, right-padded."""
-
-    texts: tuple[int, ...]
-    tokens: Int[Tensor, "prompt pos"]
-    mask: Int[Tensor, "prompt pos"]
-
-    @property
-    def real(self) -> Bool[Tensor, "prompt pos"]:
-        return self.mask.bool()
-
-
 def batches(
     model: HookedModel, encodings: Sequence[Encoding], batch_size: int, steps: Sequence[Injection] = ()
 ) -> Iterator[Batch]:
     """The texts in batches of similar length, or of one length where the injections need it, longest first."""
-    device = next(iter(model.parameters())).device
     lengths = [len(encoding.ids) for encoding in encodings]
     if all(step.positions == "all" for step in steps):
         groups = by_length(lengths, batch_size)
@@ -51,8 +38,7 @@ def batches(
             alike[length].append(i)
         groups = [[of[k] for k in chunk] for of in alike.values() for chunk in by_length([1] * len(of), batch_size)]
     for group in groups:
-        tokens, mask = pad([encodings[i].ids for i in group], device)
-        yield Batch(tuple(group), tokens, mask)
+        yield Batch(torch.tensor(group), *pad([encodings[i].ids for i in group], device_of(model)))
 
 
 def check_steps(model: HookedModel, steps: Injection | Sequence[Injection]) -> list[Injection]:
