@@ -116,6 +116,7 @@ def test_a_concept_of_the_embedded_pair_is_transferred(target, pair):
     assert report.transferred and "apart from the base and every null control" in report.verdict
 
 
+@pytest.mark.slow
 def test_a_map_fitted_on_shuffled_pairs_carries_nothing(pair):
     report = pair.evaluate(pair.maps(pair.sentences).shuffled(seed=1))
     assert not report.transferred and NO_TRANSFER in report.verdict
@@ -133,6 +134,7 @@ def test_a_contrast_that_the_source_knows_nothing_of_carries_nothing(pair):
     assert not report.transferred and NO_TRANSFER in report.verdict
 
 
+@pytest.mark.slow
 def test_an_untrained_source_gives_a_trained_target_nothing(pair):
     source = random_model(demo_data() / "pair" / "source", seed=0)
     report = pair.evaluate(pair.maps(pair.sentences, source), source=source)

@@ -86,6 +86,7 @@ def test_the_base_column_is_the_model_as_it_is(source, small, setup, transfers):
     assert report.arms == transfers["anger"].report.arms  # the same transfer by another name
 
 
+@pytest.mark.slow
 def test_a_concept_refined_on_its_own_questions_is_refused_or_marked(source, small, setup):
     held_out = concept("honesty", test=8)
     personas = ("Pretend you are an honest person.\n{prompt}", "Pretend you are an untruthful person.\n{prompt}")
@@ -141,6 +142,7 @@ def test_two_concepts_with_strength_0_of_one_are_the_other_alone(small, transfer
     assert marks.metrics["token_accuracy"].tolist() == anger.report.items["transplanted"]
 
 
+@pytest.mark.slow
 def test_the_table_of_two_concepts_has_a_row_for_none_each_and_both(source, small, setup, transfers):
     result = two_concepts(source, {"t": small}, [concept("anger"), concept("fear")], setup)
     assert [row.labels["vectors"] for row in result.rows] == ["none", "anger", "fear", "both"]
@@ -155,6 +157,7 @@ def test_the_table_of_two_concepts_has_a_row_for_none_each_and_both(source, smal
         two_concepts(source, [small], [concept("anger")], setup)
 
 
+@pytest.mark.slow
 def test_a_concept_of_all_pairs_is_the_full_concept(source, small, setup, transfers):
     pairs = concept("anger")
     n = len(pairs.positive)
@@ -173,6 +176,7 @@ def test_fewer_pairs_are_part_of_more_and_stay_pairs():
         fewer(pairs, 0)
 
 
+@pytest.mark.slow
 def test_an_untrained_source_gives_nothing_and_a_trained_one_does(source, small, setup):
     torch.manual_seed(0)
     folder = DATA / "family/tiny"
