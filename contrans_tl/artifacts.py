@@ -5,6 +5,7 @@ is ever pickled. What is loaded must be of the kind that was asked for and of a 
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -52,6 +53,19 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     if about["kind"] != kind:
         raise ValueError(f"expected a {kind}; {str(path)!r} holds a {about['kind']}.")
     return tensors, about
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> Path:
+    """Write plain values as JSON. A number that is not finite becomes null: JSON has no NaN, and other readers refuse it."""
+    return write_atomically(path, (json.dumps(_finite(content), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:

@@ -11,7 +11,7 @@ It is what `contrans demo`, `run` and `evaluate` do. Each step is a public funct
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,10 +59,13 @@ class Transfer:
     map: AffineMap
     diagnoses: Mapping[str, Diagnosis] = field(default_factory=dict)
     """`survival` of the injection by layer and, for questions, `attribution` of its effect to heads."""
+    undiagnosed: Mapping[str, str] = field(default_factory=dict)
+    """Which of them could not be told, and why."""
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds of it."""
-        return {**self.report.to_dict(), "diagnoses": {name: found.to_dict() for name, found in self.diagnoses.items()}}
+        diagnoses = {name: found.to_dict() for name, found in self.diagnoses.items()}
+        return {**self.report.to_dict(), "diagnoses": diagnoses, "undiagnosed": dict(self.undiagnosed)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +126,7 @@ def run_experiment(
     search: Search = Search(),  # noqa: B008 - frozen
     depth: float | None = None,
     allow_overlap: bool = False,
+    diagnosed: bool = True,
     batch_size: int = 32,
     seed: int = 0,
 ) -> Experiment:
@@ -137,6 +141,7 @@ def run_experiment(
         tasks: {concept: what is asked}, where it is not the concept's own questions.
         arms, search, allow_overlap: as for `evaluate`.
         rivals: likewise; the concept after each (the first after the last) is its `other_concept`, and the paper's map an arm.
+        diagnosed: also look at the layers and heads that each transplant acts on.
         depth: the one layer of each model at this share of its depth (`layer_at`); None: all pairs of layers are looked at.
 
     Raises:
@@ -201,8 +206,8 @@ def run_experiment(
                 report = interrupted.report
                 stop.set()
             found[name][concept] = _transfer(report, refined[concept], main)
-            if not stop.is_set():
-                found[name][concept] = _diagnosed(found[name][concept], target, pairs, neutral)
+            if diagnosed and not stop.is_set():
+                found[name][concept] = _diagnosed(found[name][concept], target, pairs, neutral, batch_size)
 
     def experiment() -> Experiment:
         reached = {f"{concept} into {name}" for name, row in found.items() for concept in row} | set(failures)
@@ -279,14 +284,27 @@ def evaluate_saved(
         raise Interrupted(experiment(interrupted.report)) from interrupted
 
 
-def _diagnosed(transfer: Transfer, target: HookedModel, pairs: ContrastPairs, texts: Sequence[str]) -> Transfer:
+def _diagnosed(
+    transfer: Transfer, target: HookedModel, pairs: ContrastPairs, texts: Sequence[str], batch_size: int
+) -> Transfer:
     """With where it acts: its way through the layers and, where the concept has questions, the heads that carry its effect."""
     placed: dict[str, Any] = {"layer": transfer.report.layer_target, "strength": transfer.report.strength}
-    native = refine(target, pairs)
-    diagnoses: dict[str, Diagnosis] = {"survival": survival(target, transfer.moved, texts[:16], native=native, **placed)}
-    if questions := pairs.test[:DIAGNOSED]:
-        diagnoses["attribution"] = attribute(target, transfer.moved, questions, check=0, **placed)
-    return replace(transfer, diagnoses=diagnoses)
+    native, questions = refine(target, pairs, batch_size=batch_size), pairs.test[:DIAGNOSED]
+    todo: dict[str, Callable[[], Diagnosis]] = {
+        "survival": lambda: survival(target, transfer.moved, texts[:16], native=native, batch_size=batch_size, **placed)
+    }
+    if questions:
+        todo["attribution"] = lambda: attribute(target, transfer.moved, questions, check=0, batch_size=batch_size, **placed)
+    diagnoses: dict[str, Diagnosis] = {}
+    undiagnosed: dict[str, str] = {}
+    for name, diagnose in todo.items():
+        try:
+            diagnoses[name] = diagnose()
+        # The evaluation is finished: answers that their first token does not tell apart, or gradients that do not fit the
+        # memory, cost their own figure only.
+        except (ValueError, torch.OutOfMemoryError) as error:
+            undiagnosed[name] = str(error)
+    return replace(transfer, diagnoses=diagnoses, undiagnosed=undiagnosed)
 
 
 def _transfer(report: TransferReport, concept: ConceptVector, maps: LayerMaps) -> Transfer:

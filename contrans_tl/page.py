@@ -181,8 +181,10 @@ def _acting(target: str, row: Mapping[str, "Transfer"]) -> list[str]:
 
     survivals = {c: found for c, t in row.items() if isinstance(found := t.diagnoses.get("survival"), Survival)}
     attributions = {c: found for c, t in row.items() if isinstance(found := t.diagnoses.get("attribution"), Attribution)}
+    untold = "".join(f"<li>{escape(c)}, {what}: {escape(why)}" for c, t in row.items() for what, why in t.undiagnosed.items())
+    lacking = [f"<h4>Where they act: not told</h4><ul>{untold}</ul>"] if untold else []
     if not survivals:
-        return []
+        return lacking
     said = "; ".join(
         f"{concept} at layer {row[concept].report.layer_target}, × {row[concept].report.strength:.3g}" for concept in survivals
     )
@@ -195,6 +197,7 @@ def _acting(target: str, row: Mapping[str, "Transfer"]) -> list[str]:
             "target's own vector of that layer; dotted, the highest of vectors drawn at random. Right: the share of its effect "
             "on the test questions that gradients attribute to each head's change; `contrans diagnose` measures it.",
         ),
+        *lacking,
     ]
 
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contrans_tl.artifacts import write_atomically
+from contrans_tl.artifacts import write_atomically, write_json
 from contrans_tl.data import read_text
 from contrans_tl.evaluation import NULLS
 from contrans_tl.page import render
@@ -26,7 +26,7 @@ def write_report(experiment: "Experiment", folder: str | Path) -> None:
     """Write report.json and report.html into the folder, each at once or not at all."""
     folder = Path(folder)
     content = experiment.to_dict()
-    write_atomically(folder / "report.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / "report.json", content)
     write_atomically(folder / "report.html", render(experiment).encode())
 
 

@@ -40,9 +40,14 @@ def test_every_diagnostic_is_run_and_says_something(examined):
 def test_behind_the_last_layer_nothing_reads(bridges):
     model = bridges["gpt2"]
     found = diagnose(model, refine(model, PAIRS), PAIRS, layer=2)
-    assert {"writers", "survival", "separability"} <= set(found.reports)
-    assert not {"readers", "patterns", "paths"} & set(found.reports)
-    assert set(found.refused) <= {"attribution", "patching"}
+    assert not found.refused and set(found.reports) == set(SAYS) - {"readers", "patterns", "paths"}
+
+
+def test_answers_that_their_first_token_does_not_tell_apart_cost_what_needs_answers_only(bridges):
+    alike = replace(PAIRS, test=tuple(replace(q, options=(" happy dog", " happy fox")) for q in PAIRS.test))
+    found = diagnose(bridges["llama"], refine(bridges["llama"], PAIRS), alike, layer=0)
+    assert set(found.refused) == {"attribution", "patching", "paths"} and "begins with the token" in found.refused["paths"]
+    assert set(found.reports) == set(SAYS) - set(found.refused)
 
 
 def test_what_an_architecture_does_not_allow_is_refused_with_the_reason_and_costs_nothing_else(bridges, monkeypatch):
@@ -65,6 +70,7 @@ def test_the_page_holds_every_figure_and_names_from_data_are_text(examined, tmp_
     assert "<b>joy" not in page and "&lt;b&gt;joy" in page
     assert {path.stem for path in tmp_path.glob("*.png")} == set(examined.reports)
     content = json.loads((tmp_path / "diagnosis.json").read_text())
+    json.loads((tmp_path / "diagnosis.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert content["kind"] == "contrans diagnosis" and set(content["reports"]) == set(examined.reports)
 
 

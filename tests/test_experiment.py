@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from contrans_tl.__main__ import main
 from contrans_tl.data import normalised
 from contrans_tl.demo import demo_data, run_demo
 from contrans_tl.evaluation import RestrictedChoice
-from contrans_tl.experiment import check_inputs, save_experiment
+from contrans_tl.experiment import _diagnosed, check_inputs, save_experiment
 from contrans_tl.report import read_report
 
 DATA = demo_data()
@@ -83,6 +84,27 @@ def test_the_report_shows_the_layers_and_heads_that_the_transplants_act_on(exper
         assert set(written) == {"survival", "attribution"}
     page = (tmp_path / "report.html").read_text()
     assert "Where they act" in page and f"anger at layer {experiment.reports['target-gpt2']['anger'].layer_target}" in page
+
+
+def test_a_report_is_json_that_any_reader_takes(experiment, tmp_path):
+    save_experiment(experiment, tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    checked = content["targets"]["target-gpt2"]["anger"]["diagnoses"]["attribution"]["rank_correlation"]
+    assert set(checked.values()) == {None}  # nothing was patched to compare with
+
+
+def test_what_cannot_be_told_of_a_transplant_costs_no_finished_evaluation(experiment, tmp_path):
+
+    transfer = experiment.transfers["target-gpt2"]["anger"]
+    pairs = ContrastPairs.load(DATA / "concepts/anger.json")
+    alike = replace(pairs, test=tuple(replace(q, options=(" anger now", " anger then"), answer=0) for q in pairs.test))
+    target = load_model(DATA / "pair/target-gpt2", device="cpu")
+    told = _diagnosed(transfer, target, alike, ["A dog sleeps.", "The river is long."], 32)
+    assert set(told.diagnoses) == {"survival"} and "begins with the token" in told.undiagnosed["attribution"]
+    row = {"target-gpt2": {"anger": told}}
+    save_experiment(replace(experiment, transfers=row), tmp_path)
+    assert "anger, attribution: an option begins with" in (tmp_path / "report.html").read_text()
+    assert read_report(tmp_path)["targets"]["target-gpt2"]["anger"]["undiagnosed"] == dict(told.undiagnosed)
 
 
 def test_a_corpus_that_contains_a_prompt_is_refused():

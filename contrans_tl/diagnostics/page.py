@@ -3,14 +3,13 @@
 write_examination(diagnose(target, moved, pairs, layer=3, strength=2.0), "out")
 """
 
-import json
 import os
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from contrans_tl.artifacts import versions, write_atomically
+from contrans_tl.artifacts import versions, write_atomically, write_json
 from contrans_tl.diagnostics.scores import Diagnosis
 from contrans_tl.diagnostics.whole import Examination
 from contrans_tl.markup import figure, opening
@@ -42,7 +41,7 @@ def write_examination(found: Examination, folder: str | os.PathLike[str], *, com
     folder = Path(folder)
     about = {"kind": "contrans diagnosis", "format": 1, "versions": versions(), "command": command}
     content = {**about, **found.to_dict()}
-    write_atomically(folder / "diagnosis.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / "diagnosis.json", content)
     write_atomically(folder / "diagnosis.html", render_examination(found, command=command).encode())
     for name, draw in _figures(found).items():
         try:

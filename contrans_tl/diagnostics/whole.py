@@ -113,6 +113,8 @@ def diagnose(
             "attribution": lambda: attribute(model, concept, questions, **placed, **some),
             "patching": lambda: patch(model, at, questions, **placed, **some),
         }
+        if not deepest:
+            todo["paths"] = lambda: patch_paths(model, at, questions, at=_foremost(reports.get("readers")), seed=seed, **placed)
     reports: dict[str, Diagnosis] = {}
     refused: dict[str, str] = {}
     for name in track(todo, f"{concept.name} in {here.name}", len(todo)):
@@ -120,14 +122,13 @@ def diagnose(
             reports[name] = todo[name]()
         except ValueError as error:
             refused[name] = str(error)
-    if questions and "readers" in reports:
-        places = _foremost(reports["readers"])
-        reports["paths"] = patch_paths(model, at, questions, at=places, seed=seed, **placed)
     return Examination(f"{concept.name} in {here.name} at layer {layer}, × {strength:g}", reports, refused)
 
 
-def _foremost(found: Diagnosis) -> list[tuple[int, int]]:
-    """The heads that read most, by any of q, k and v."""
+def _foremost(found: Diagnosis | None) -> list[tuple[int, int]]:
+    """The heads that read most, by any of q, k and v. ValueError where that could not be told."""
+    if found is None:
+        raise ValueError("which heads read the concept could not be told, so none are chosen; `patch_paths` takes any.")
     best = found.scores.values.nan_to_num(0.0).abs().amax(list(found.scores.axes).index("by"))
     layers, heads = (found.scores.axes[axis] for axis in ("layer", "head"))
     order = best.flatten().argsort(descending=True)[:PATHS].tolist()

@@ -145,7 +145,8 @@ class TransferReport:
         if not any(arm in self.differences for arm in NULLS):
             return "no null control was run"
         if self.search["settings"] > 1 and not self.leads:
-            return f"{self.search['settings']} settings were tried, and what their best reaches by chance only {DRAWN} tell"
+            tell = " and ".join(DRAWN)
+            return f"{self.search['settings']} settings were tried, and what their best reaches by chance only {tell} tell"
         return ""
 
     def _notes(self) -> str:

@@ -1,13 +1,12 @@
 """Results: what a recipe found, as the table of the paper that it repeats."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from contrans_tl.artifacts import versions, write_atomically
+from contrans_tl.artifacts import versions, write_json
 from contrans_tl.evaluation import NULLS, Estimate, TransferReport
 
 
@@ -81,7 +80,7 @@ class RecipeResult:
 def save_recipe(result: RecipeResult, folder: str | os.PathLike[str]) -> Path:
     """Write recipe.json: the table, the evaluations behind it, and versions; the path written."""
     content = result.to_dict() | {"versions": versions()}
-    return write_atomically(Path(folder) / "recipe.json", (json.dumps(content, indent=1) + "\n").encode())
+    return write_json(Path(folder) / "recipe.json", content)
 
 
 def transfer_row(labels: Mapping[str, str], report: TransferReport, *, more: Mapping[str, Estimate] | None = None) -> Row:

@@ -87,6 +87,7 @@ class Setup:
             rivals=replace(rivals, n_random=self.n_random),
             search=self.search if strengths is None else replace(self.search, strengths=strengths),
             depth=self.depth,
+            diagnosed=False,
             allow_overlap=allow_overlap,
             batch_size=self.batch_size,
             seed=self.seed,
