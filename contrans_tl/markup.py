@@ -44,11 +44,16 @@ def opening(title: str) -> str:
 
 
 def figure(draw: Callable[[], Any], alt: str, caption: str = "") -> str:
-    """The drawn figure as an image of 256 colours; a line that says what is missing where there is no matplotlib."""
+    """The drawn figure as an image; a line that says what is missing where there is no matplotlib."""
     try:
         drawn = draw()
     except ImportError as error:
         return f'<p class="low">No figure: {escape(str(error))}</p>'
+    return image(png(drawn), alt, caption)
+
+
+def png(drawn: Any) -> bytes:
+    """A matplotlib figure as a PNG of 256 colours."""
     from PIL import Image
 
     buffer, small = io.BytesIO(), io.BytesIO()
@@ -56,7 +61,12 @@ def figure(draw: Callable[[], Any], alt: str, caption: str = "") -> str:
     # By coverage: the median cut would turn the rarer shades of a map into another colour.
     few = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(small, format="png", optimize=True)
-    data = base64.b64encode(small.getvalue()).decode()
+    return small.getvalue()
+
+
+def image(content: bytes, alt: str, caption: str = "") -> str:
+    """A PNG within the page."""
+    data = base64.b64encode(content).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">{below}</figure>'
 

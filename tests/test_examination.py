@@ -60,7 +60,7 @@ def test_what_an_architecture_does_not_allow_is_refused_with_the_reason_and_cost
     found = diagnose(bridges["neox"], refine(bridges["neox"], PAIRS), replace(PAIRS, test=()), layer=1)
     assert found.refused["writers"] == "the parts do not sum to the whole"
     assert {"readers", "survival"} <= set(found.reports) and "attribution" not in found.reports
-    assert "do not sum" in str(found) and "do not sum" in render_examination(found)
+    assert "do not sum" in str(found) and "do not sum" in render_examination(found, {})
 
 
 def test_the_page_holds_every_figure_and_names_from_data_are_text(examined, tmp_path):

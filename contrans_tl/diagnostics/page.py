@@ -4,15 +4,14 @@ write_examination(diagnose(target, moved, pairs, layer=3, strength=2.0), "out")
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from contrans_tl.artifacts import versions, write_atomically, write_json
 from contrans_tl.diagnostics.scores import Diagnosis
 from contrans_tl.diagnostics.whole import Examination
-from contrans_tl.markup import figure, opening
+from contrans_tl.markup import image, opening, png
 
 SAYS = {
     "separability": "How well the concept tells positive prompts from negative ones, layer by layer, on prompts that it was "
@@ -40,25 +39,23 @@ def write_examination(found: Examination, folder: str | os.PathLike[str], *, com
     """diagnosis.json, diagnosis.html and, with matplotlib, NAME.png for each diagnostic."""
     folder = Path(folder)
     about = {"kind": "contrans diagnosis", "format": 1, "versions": versions(), "command": command}
-    content = {**about, **found.to_dict()}
-    write_json(folder / "diagnosis.json", content)
-    write_atomically(folder / "diagnosis.html", render_examination(found, command=command).encode())
-    for name, draw in _figures(found).items():
-        try:
-            draw().savefig(folder / f"{name}.png")
-        except ImportError:  # no matplotlib: the page says so
-            return
+    pictures = _pictures(found)
+    write_json(folder / "diagnosis.json", {**about, **found.to_dict()})
+    write_atomically(folder / "diagnosis.html", render_examination(found, pictures, command=command).encode())
+    for name, picture in pictures.items():
+        write_atomically(folder / f"{name}.png", picture)
 
 
-def render_examination(found: Examination, *, command: str = "") -> str:
-    """The page, figures inside."""
+def render_examination(found: Examination, pictures: Mapping[str, bytes], *, command: str = "") -> str:
+    """The page, with a PNG inside for each diagnostic that has one."""
     parts = [opening(f"contrans diagnosis: {found.about}"), f"<h1>{escape(found.about)}</h1>"]
     parts += [f'<p class="banner">{name}: not done. {escape(why)}</p>' for name, why in found.refused.items()]
-    for name, draw in _figures(found).items():
-        report = found.reports[name]
+    if not pictures:
+        parts.append("<p class=\"low\">No figures: they need matplotlib, pip install 'contrans-tl[plots]'.")
+    for name, report in found.reports.items():
         parts += [
             f"<h2>{name.capitalize()}</h2><p>{escape(SAYS[name])}</p>",
-            figure(draw, f"{name} of {report.about}: {_told(report)}"),
+            image(pictures[name], f"{name} of {report.about}: {_told(report)}") if name in pictures else "",
             f"<details><summary>In numbers</summary><pre>{escape(str(report))}</pre></details>",
         ]
     said = f"<code>{escape(command)}</code>; " if command else ""
@@ -67,10 +64,14 @@ def render_examination(found: Examination, *, command: str = "") -> str:
     return "\n".join(parts) + "\n"
 
 
-def _figures(found: Examination) -> dict[str, Callable[[], Any]]:
+def _pictures(found: Examination) -> dict[str, bytes]:
+    """Of every report, its figure; none without matplotlib."""
     from contrans_tl import plots
 
-    return {name: lambda report=report: plots.figure_of(report) for name, report in found.reports.items()}  # type: ignore[misc]
+    try:
+        return {name: png(plots.figure_of(report)) for name, report in found.reports.items()}
+    except ImportError:
+        return {}
 
 
 def _told(report: Diagnosis) -> str:

@@ -21,6 +21,7 @@ from contrans_tl.diagnostics.paths import patch_paths
 from contrans_tl.diagnostics.probes import probe_heads
 from contrans_tl.diagnostics.reading import pattern_changes, readers
 from contrans_tl.diagnostics.readout import readout
+from contrans_tl.diagnostics.runs import check_strength
 from contrans_tl.diagnostics.scores import Diagnosis
 from contrans_tl.diagnostics.separability import separability
 from contrans_tl.diagnostics.writing import writers
@@ -83,8 +84,7 @@ def diagnose(
         check_home(vector, here)
     check_layers([layer], model.cfg.n_layers, str(model.cfg.model_name))
     at = concept.only(layer)
-    if strength == 0:
-        raise ValueError("expected a strength other than 0: nothing would change.")
+    strength = check_strength(strength)
     some: dict[str, Any] = {"batch_size": batch_size}
     placed: dict[str, Any] = {"layer": layer, "strength": strength}
     texts = list(texts or pairs.negative)[:ASKED]
