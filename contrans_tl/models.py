@@ -220,7 +220,7 @@ def check_ready(model: HookedModel) -> None:
         raise ValueError("expected a model in eval mode; this one is in training mode. Call model.eval() first.")
 
 
-def _is_bridge(model: HookedModel) -> bool:
+def is_bridge(model: HookedModel) -> bool:
     from transformer_lens.model_bridge import TransformerBridge
 
     return isinstance(model, TransformerBridge)
@@ -270,7 +270,7 @@ def run_blocks(
     """
     hooks = list(hooks)
     options: dict[str, Any] = {"return_type": None, "attention_mask": mask}
-    if last_layer == model.cfg.n_layers - 1 and _is_bridge(model):
+    if last_layer == model.cfg.n_layers - 1 and is_bridge(model):
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
         def stop(resid: Tensor, hook: Any) -> None:

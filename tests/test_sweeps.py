@@ -79,6 +79,26 @@ def test_a_sweep_of_heads_is_single_runs_with_a_write_at_that_head(bridges, arch
             assert torch.allclose(here, torch.stack(singles), atol=2e-5)
 
 
+def test_only_what_a_setting_can_change_is_run(bridges, monkeypatch):
+    model, concept, read = bridges["gpt2"], ramp(bridges["gpt2"]), []
+    options: dict[str, Any] = dict(metric=difference, layers=[1], strengths=(1.0, 2.0), positions=("all", "last", -2))
+    true = sweeps.read_logits
+
+    def look(model: Any, batch: Any, **more: Any) -> torch.Tensor:
+        read.append((tuple(batch.tokens.shape), more.get("past") is not None))
+        return true(model, batch, **more)
+
+    monkeypatch.setattr(sweeps, "read_logits", look)
+    found = sweep(model, concept, TEXTS[:1], **options)
+    length = read[0][0][1]
+    assert read[1:] == [((2, length), False), ((2, 1), True), ((2, 2), True)]
+    monkeypatch.setattr(sweeps.Past, "holds", lambda past, positions: False)  # as of an architecture without such a cache
+    read.clear()
+    whole = sweep(model, concept, TEXTS[:1], **options)
+    assert read[1:] == [((2, length), False)] * 3
+    assert torch.allclose(found.scores.values, whole.scores.values, atol=2e-5)
+
+
 def test_batches_do_not_matter(bridges):
     model, concept = bridges["gpt2"], ramp(bridges["gpt2"])
     one, many = (sweep(model, concept, TEXTS, metric=difference, strengths=(1.0, 3.0), batch_size=n) for n in (1, 1000))

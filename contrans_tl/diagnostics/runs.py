@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from contrans_tl.evaluation.subjects import device_of
 from contrans_tl.models import Hook, HookedModel, check_ready, head_once_at, identify, resumed_after
+from contrans_tl.pasts import Past
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad
 from contrans_tl.transplantation import check_home
@@ -39,6 +41,10 @@ class Batch:
         """Position of the last real token."""
         return self.mask.sum(1) - 1
 
+    def final(self, width: int) -> "Batch":
+        """The last so many tokens of prompts of equal length."""
+        return Batch(self.prompts, self.tokens[:, -width:], self.mask[:, -width:])
+
     def times(self, settings: int) -> "Batch":
         """The same prompts under so many settings, one after another: "(setting prompt)"."""
         many = (
@@ -58,26 +64,36 @@ class Batch:
         return x[rows, where.to(x.device)] * real.to(x.device).view(*real.shape, *[1] * (x.ndim - 2))
 
 
-def batches(model: HookedModel, sequences: Sequence[Sequence[int]], batch_size: int) -> list[Batch]:
-    """Of prompts of similar length."""
-    groups = by_length([len(ids) for ids in sequences], batch_size)
+def batches(model: HookedModel, sequences: Sequence[Sequence[int]], batch_size: int, *, equal: bool = False) -> list[Batch]:
+    """Of prompts of similar length; of `equal` length if asked, so that there is no padding."""
+    lengths = [len(ids) for ids in sequences]
+    groups = by_length(lengths, batch_size)
+    if equal:
+        groups = [list(same) for group in groups for _, same in groupby(group, key=lengths.__getitem__)]
     return [Batch(torch.tensor(group), *pad([sequences[i] for i in group], device_of(model))) for group in groups]
 
 
 def read_logits(
-    model: HookedModel, batch: Batch, *, hooks: Sequence[Hook] = (), after: tuple[int, Tensor] | None = None
+    model: HookedModel,
+    batch: Batch,
+    *,
+    hooks: Sequence[Hook] = (),
+    after: tuple[int, Tensor] | None = None,
+    past: Past | None = None,
 ) -> Float[Tensor, "prompt vocab"]:
     """Behind the last real token of every prompt, in float32.
 
     Args:
         after: (layer, its output "prompt pos d_model"): run from there on only.
+        past: what the batch follows, for prompts without padding; it is added to.
     """
+    options = {"attention_mask": batch.mask} if past is None else past.options(batch.tokens)
     with ExitStack() as stack:
         stack.enter_context(head_once_at(model, batch.last))
         if after is not None:
             stack.enter_context(resumed_after(model, *after))
         stack.enter_context(model.hooks(fwd_hooks=list(hooks)))
-        return model(batch.tokens, return_type="logits", attention_mask=batch.mask)[:, 0].float()
+        return model(batch.tokens, return_type="logits", **options)[:, 0].float()
 
 
 def keep(names: Sequence[str], seen: dict[str, Tensor]) -> list[Hook]:

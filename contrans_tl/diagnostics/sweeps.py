@@ -4,8 +4,9 @@
     found.scores                       layer x strength x positions x prompt
     found.effect, found.top(5)         change of the metric, mean over prompts
 
-Each number is what a run with that one injection gives. The blocks below are run once for each batch of prompts, many settings
-are rows of one batch, and the head is computed behind the last token only. With `save=` every finished pass is kept in a file:
+Each number is what a run with that one injection gives. The blocks below are run once for each batch of prompts, and so are the
+tokens before the first one that is changed; many settings are rows of one batch, and the head is computed behind the last token
+only. With `save=` every finished pass is kept in a file:
 the same call, made again after ^C or a crash, goes on from there.
 
 Heads are injected at their output, `attn.hook_z`, before W_O. A concept of the residual stream names no vector there (W_O has
@@ -30,6 +31,7 @@ from contrans_tl.diagnostics.runs import Batch, batches, change, check_concept, 
 from contrans_tl.diagnostics.scores import Diagnosis, Scores
 from contrans_tl.diagnostics.scores import layers as layer_labels
 from contrans_tl.models import Hook, HookedModel, check_layers, hook_name
+from contrans_tl.pasts import Past
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
@@ -248,7 +250,9 @@ class _Run:
     ) -> None:
         self.model, self.asked, self.places, self.vectors = model, asked, places, vectors
         self.strengths, self.positions = torch.tensor(strengths), positions
-        self.work = batches(model, asked.sequences, batch_size)
+        # Prompts of equal length share a past, behind which the tokens that a setting changes are run.
+        self.partly = any(position != "all" for position in positions)
+        self.work = batches(model, asked.sequences, batch_size, equal=self.partly)
         self.batch_size = batch_size
         self.settings = [
             Setting(place, strength, position)
@@ -261,25 +265,21 @@ class _Run:
         """What is not there yet."""
         todo = [(batch, open_) for batch in self.work if (open_ := self._open(kept, batch))]
         passes = [(batch, some) for batch, open_ in todo for some in self._passes(batch, open_)]
-        now: Batch | None = None
+        now: _Clean | None = None
         for batch, some in track(passes, "sweep", len(passes)):
-            if batch is not now:
-                now = batch
-                clean: dict[str, Tensor] = {}
-                with torch.no_grad():
-                    below = sorted({at for at in map(self._resumed, self.settings) if at >= 0})
-                    base = read_logits(self.model, batch, hooks=keep([hook_name(at) for at in below], clean))
-                    kept.base[batch.prompts] = self.asked.metric(base, base, batch.prompts).cpu()
-            kept.put(some, batch.prompts, self._values(batch, some, clean, base))
+            if now is None or batch is not now.batch:
+                now = self._clean(batch)
+                kept.base[batch.prompts] = self.asked.metric(now.logits, now.logits, batch.prompts).cpu()
+            kept.put(some, batch.prompts, self._values(now, some))
 
     def _open(self, kept: _Kept, batch: Batch) -> list[Setting]:
         return [s for s in self.settings if not kept.done[s.place, s.strength, s.position][batch.prompts].all()]
 
     def _passes(self, batch: Batch, settings: Sequence[Setting]) -> list[Sequence[Setting]]:
-        """Settings that share the blocks below them, as many as a pass takes."""
-        together: dict[int, list[Setting]] = {}
+        """Settings that leave the same alone, as many as a pass takes."""
+        together: dict[tuple[int, int], list[Setting]] = {}
         for setting in settings:
-            together.setdefault(self._resumed(setting), []).append(setting)
+            together.setdefault((self._resumed(setting), self._width(batch, setting)), []).append(setting)
         return [some for group in together.values() for some in chunks(group, self.batch_size // len(batch.tokens))]
 
     def _resumed(self, setting: Setting) -> int:
@@ -287,19 +287,36 @@ class _Run:
         layer, head = self.places[setting.place]
         return layer if head is None else layer - 1
 
-    def _values(
-        self, batch: Batch, settings: Sequence[Setting], clean: dict[str, Tensor], base: Tensor
-    ) -> Float[Tensor, "setting prompt"]:
-        at, many = self._resumed(settings[0]), batch.times(len(settings))
+    def _width(self, batch: Batch, setting: Setting) -> int:
+        """How many of the last tokens the setting can change."""
+        back = _back(self.positions[setting.position])
+        return batch.tokens.shape[1] if back is None else back
+
+    def _clean(self, batch: Batch) -> "_Clean":
+        below = sorted({at for at in map(self._resumed, self.settings) if at >= 0})
+        past = Past.empty(self.model, len(batch.tokens)) if self.partly else None
+        resid: dict[str, Tensor] = {}
+        with torch.no_grad():
+            logits = read_logits(self.model, batch, hooks=keep([hook_name(at) for at in below], resid), past=past)
+        if past is not None and not past.holds(batch.tokens.shape[1]):
+            past = None
+        return _Clean(batch, resid, logits, past)
+
+    def _values(self, clean: "_Clean", settings: Sequence[Setting]) -> Float[Tensor, "setting prompt"]:
+        at, width = self._resumed(settings[0]), self._width(clean.batch, settings[0])
+        before = clean.batch.tokens.shape[1] - width
+        past = clean.past.first(before, len(settings)) if before and clean.past is not None else None
+        batch = clean.batch if past is None else clean.batch.final(width)
         where = torch.stack([self._where(batch, self.positions[s.position]) for s in settings]).float()
         strengths = self.strengths[[s.strength for s in settings]]
         vectors = strengths[:, None] * self.vectors[[s.place for s in settings]]
         added = einsum(where, vectors.to(where.device), "setting prompt pos, setting d -> setting prompt pos d")
         layer, head = self.places[settings[0].place]
+        resid = clean.resid[hook_name(at)][:, -batch.tokens.shape[1] :] if at >= 0 else None
         hooks: list[Hook] = []
-        after: tuple[int, Tensor] | None
+        after: tuple[int, Tensor] | None = None
         if head is None:
-            resid = clean[hook_name(at)]
+            assert resid is not None
             after = (at, rearrange(resid + added.to(resid), "setting prompt pos d -> (setting prompt) pos d"))
         else:
             chosen = [self.places[s.place][1] for s in settings]
@@ -311,14 +328,32 @@ class _Run:
                 return rearrange(z, "setting prompt pos head d -> (setting prompt) pos head d")
 
             hooks = [change(hook_name(layer, "z"), inject)]
-            after = (at, clean[hook_name(at)].repeat(len(settings), 1, 1)) if at >= 0 else None
+            after = None if resid is None else (at, resid.repeat(len(settings), 1, 1))
+        many = batch.times(len(settings))
         with torch.no_grad():
-            logits = read_logits(self.model, many, hooks=hooks, after=after)
-            values = self.asked.metric(logits, base.repeat(len(settings), 1), many.prompts)
+            logits = read_logits(self.model, many, hooks=hooks, after=after, past=past)
+            values = self.asked.metric(logits, clean.logits.repeat(len(settings), 1), many.prompts)
         return rearrange(values, "(setting prompt) -> setting prompt", setting=len(settings))
 
     def _where(self, batch: Batch, position: Position) -> Int[Tensor, "prompt pos"]:
-        if position == "all":
+        if (back := _back(position)) is None:
             return torch.ones_like(batch.mask)
-        back = -1 if position == "last" else int(position)
-        return torch.zeros_like(batch.mask).scatter(1, (batch.last + 1 + back)[:, None], 1)
+        return torch.zeros_like(batch.mask).scatter(1, (batch.last + 1 - back)[:, None], 1)
+
+
+def _back(position: Position) -> int | None:
+    """How many tokens from the end a position is: 1 is the last. None for all of them."""
+    if position == "all":
+        return None
+    return 1 if position == "last" else -int(position)
+
+
+@dataclass(frozen=True, eq=False)
+class _Clean:
+    """What the model makes of a batch as it is."""
+
+    batch: Batch
+    resid: dict[str, Tensor]
+    logits: Float[Tensor, "prompt vocab"]
+    past: Past | None
+    """None where nothing is run in part: all positions are changed, or the architecture keeps no keys and values."""
