@@ -158,8 +158,9 @@ def emotion_concepts(
     Args:
         scenarios: emotion -> scenarios; the emotions' names, in their order, are the options.
         few_shot: demonstrations in all.
-        refine, select, test: scenarios of each emotion. Of each concept there are `select` and `test` questions for every
-            other emotion, and `test` of its own.
+        refine: scenarios of each emotion to refine on.
+        select: questions for every other emotion.
+        test: questions for every other emotion, and as many of the concept's own.
 
     Raises:
         ValueError: fewer than two emotions, too few scenarios, a scenario that occurs twice, or a template without {scenario}.
@@ -227,7 +228,8 @@ def persona_pairs(name: str, prompts: Iterable[str], positive: str, negative: st
     file, as from `read_statements`, are the stricter test.
 
     Args:
-        positive, negative: templates with {prompt}.
+        positive: template with {prompt}.
+        negative: likewise.
     """
     sides = [(_fill(positive, "prompt", prompt), _fill(negative, "prompt", prompt)) for prompt in prompts]
     return ContrastPairs.of(name, sides)
@@ -295,7 +297,8 @@ def toxigen_pairs(
     Args:
         statements: group -> neutral and hateful statements, as `read_toxigen` has them.
         refine: statements of each group and side at most; fewer where a group has fewer.
-        select, test: hateful statements of each group to continue.
+        select: hateful statements of each group to continue.
+        test: likewise.
 
     Raises:
         ValueError: a group without statements enough for one of each, or a template without {statement}.

@@ -203,7 +203,8 @@ def fit_head_maps(
     sentences in both models. All heads of a large model are wide rows, and one by one many pairs: choose heads.
 
     Args:
-        source_heads, target_heads: (layer, head); all by default.
+        source_heads: (layer, head); all by default.
+        target_heads: likewise.
         pooled: map all source heads together to each target head; else each to each.
 
     Raises:
