@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from contrans_tl.evaluation import Task as Task
     from contrans_tl.evaluation import TransferReport as TransferReport
     from contrans_tl.evaluation import evaluate as evaluate
+    from contrans_tl.exchange import read_exchange as read_exchange
+    from contrans_tl.exchange import write_exchange as write_exchange
     from contrans_tl.formats import ToxigenTask as ToxigenTask
     from contrans_tl.formats import emotion_concepts as emotion_concepts
     from contrans_tl.formats import persona_pairs as persona_pairs
@@ -89,6 +91,7 @@ _HOME = {
         "TransferReport",
         "evaluate",
     ),
+    "exchange": ("read_exchange", "write_exchange"),
     "formats": (
         "ToxigenTask",
         "emotion_concepts",

@@ -109,8 +109,8 @@ def read_exchange(
     kind = _format(path, format)
     if not Path(path).is_file():
         raise ValueError(f"expected a {kind} file; there is no file {str(path)!r}.")
-    if kind not in ("gguf", "spec"):
-        return read_arrays(path, model, layers=layers, name=name)
+    if kind != "gguf" and kind != "spec":
+        return read_arrays(path, model, format=kind, layers=layers, name=name)
     found = (read_gguf if kind == "gguf" else read_spec)(path, model, name=name)
     return found if layers is None else found.only(*layers)
 

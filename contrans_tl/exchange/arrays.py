@@ -26,7 +26,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from contrans_tl.exchange.rows import about, home, incoming, origin, outgoing
 from contrans_tl.models import HookedModel, ModelId, check_layers
 from contrans_tl.refinement import ConceptVector
 
+ArrayFormat = Literal["npy", "npz", "safetensors", "pt"]
 Told = dict[str, Any] | None
 """What a file says of its vectors."""
 _KIND = "layer vectors"
@@ -72,12 +73,14 @@ def read_arrays(
     path: str | os.PathLike[str],
     model: HookedModel | ModelId | None = None,
     *,
+    format: ArrayFormat | None = None,
     layers: Sequence[int] | None = None,
     name: str | None = None,
 ) -> ConceptVector:
-    """The concept of an .npy, .npz, .safetensors, .pt or .pth file, by its suffix.
+    """The concept of an .npy, .npz, .safetensors, .pt or .pth file.
 
     Args:
+        format: None goes by the path's suffix.
         model: whose vectors they are; not needed for a safetensors file of ours, and checked against what it says.
         layers: of an array, in increasing order: what its rows are, or which of them to read if it has one for every layer. Of
             named vectors, which to read. None reads all named ones, and all rows that are not zero.
@@ -88,33 +91,33 @@ def read_arrays(
             are not as many as layers, keys that name no layer, another width than the model's.
     """
     path = Path(path)
-    content, told = _load(path)
+    kind, content, told = _load(path, format)
     here = home(model, told, path.name)
     if isinstance(content, Mapping):
         rows = _named(content, layers, path.name)
     else:
         rows = _numbered(content, here, layers, path.name)
-    return incoming(rows, here, name or (told or {}).get("name") or path.stem, origin(path.suffix.lower()[1:], told))
+    return incoming(rows, here, name or (told or {}).get("name") or path.stem, origin(kind, told))
 
 
 def load_arrays(path: str | os.PathLike[str]) -> Tensor | Mapping[Any, Tensor]:
     """The tensor, or the tensors by key, of any of these files. ValueError as in `read_arrays`."""
-    return _load(Path(path))[0]
+    return _load(Path(path), None)[1]
 
 
-def _load(path: Path) -> tuple[Tensor | Mapping[Any, Tensor], Told]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"expected a file {', '.join(_READERS)}; got {path.name!r}.")
+def _load(path: Path, format: ArrayFormat | None) -> tuple[str, Tensor | Mapping[Any, Tensor], Told]:
+    kind = format or path.suffix.lower().lstrip(".").replace("pth", "pt")
+    if kind not in _READERS:
+        raise ValueError(f"expected a file .{', .'.join(_READERS)} or .pth; got {path.name!r}.")
     if not path.is_file():
         raise ValueError(f"expected a file of vectors; there is no file {str(path)!r}.")
-    content, told = reader(path)
+    content, told = _READERS[kind](path)
     if not isinstance(content, Mapping):
-        return content, told
+        return kind, content, told
     if strays := [key for key, value in content.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"expected tensors by layer; {path.name!r} has {type(content[strays[0]]).__name__} {strays[0]!r}.")
     only = list(content.values())
-    return only[0] if len(only) == 1 and only[0].ndim == 2 else content, told
+    return kind, only[0] if len(only) == 1 and only[0].ndim == 2 else content, told
 
 
 def _named(content: Mapping[Any, Tensor], layers: Sequence[int] | None, file: str) -> dict[int, Tensor]:
@@ -164,9 +167,11 @@ def _read_numpy(path: Path) -> tuple[Any, Told]:
     return {key: _tensor(array, path.name) for key, array in arrays.items()}, None
 
 
-def _tensor(array: np.ndarray, file: str) -> Tensor:
-    if array.dtype.kind != "f":
-        raise ValueError(f"expected floating-point numbers; {file!r} holds {array.dtype}.")
+def _tensor(array: np.ndarray | bytes, file: str) -> Tensor:
+    # Of a zip numpy hands on what is no array as bytes.
+    if isinstance(array, bytes) or array.dtype.kind != "f":
+        what = "bytes" if isinstance(array, bytes) else array.dtype
+        raise ValueError(f"expected arrays of floating-point numbers; {file!r} holds {what}.")
     return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
 
 
@@ -188,7 +193,7 @@ def _read_torch(path: Path) -> tuple[Any, Told]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path.name!r} is truncated, no file of torch's, or holds more than tensors, and is not unpickled. Save tensors alone."
+            f"{path.name!r} is truncated, no file of torch's, or holds more than tensors, which is not unpickled."
         ) from error
     if isinstance(found, (list, tuple)) and found and all(isinstance(row, Tensor) and row.ndim == 1 for row in found):
         if len({len(row) for row in found}) > 1:
@@ -199,10 +204,4 @@ def _read_torch(path: Path) -> tuple[Any, Told]:
     return found, None
 
 
-_READERS = {
-    ".npy": _read_numpy,
-    ".npz": _read_numpy,
-    ".safetensors": _read_safetensors,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
-}
+_READERS = {"npy": _read_numpy, "npz": _read_numpy, "safetensors": _read_safetensors, "pt": _read_torch}

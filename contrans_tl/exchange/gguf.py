@@ -116,8 +116,8 @@ def warn_of_last(name: str, model: ModelId) -> None:
     """Warn that the last layer's vector may be one of another space."""
     last = model.n_layers - 1
     warnings.warn(
-        f"{name!r} has a vector at the last layer, {last}. If repeng trained it, that one was read behind the final norm and is "
-        "of another space than the stream it is added to: leave it out with concept.only(...).",
+        f"{name!r} has a vector at the last layer, {last}. If repeng trained it, that one was read behind the final norm and "
+        "is of another space than the stream it is added to: leave it out with concept.only(...).",
         stacklevel=3,
     )
 

@@ -23,7 +23,7 @@ import torch
 
 from contrans_tl.affine import AffineMap, FitReport
 from contrans_tl.exchange.arrays import load_arrays
-from contrans_tl.exchange.rows import home
+from contrans_tl.exchange.rows import home, incoming
 from contrans_tl.models import HookedModel, ModelId
 from contrans_tl.refinement import ConceptVector
 
@@ -68,7 +68,8 @@ def carry(concept: ConceptVector, maps: Mapping[tuple[int, int], AffineMap], tar
     """The concept at the target layers of these maps: W v, never the bias.
 
     Raises:
-        ValueError: two maps into one layer, a source layer that the concept has no vector at, widths that do not fit.
+        ValueError: no maps, two into one layer, a source layer that the concept has no vector at, a target layer or a width
+            that the target does not have.
     """
     here = home(target, None, concept.name)
     pairs = sorted(maps, key=lambda pair: pair[1])
@@ -81,16 +82,11 @@ def carry(concept: ConceptVector, maps: Mapping[tuple[int, int], AffineMap], tar
                 f"expected maps of shape {(here.d_model, concept.model.d_model)}, from {concept.model.name} to {here.name}; "
                 f"that from layer {pair[0]} to {pair[1]} is {shape}."
             )
-    return ConceptVector(
-        vectors=torch.stack([maps[s, t].direction(concept.at(s)) for s, t in pairs]),
-        layers=tuple(t for _, t in pairs),
-        name=concept.name,
-        model=here,
-        provenance={
-            "carried_from": concept.model.to_dict(),
-            "layers": [list(pair) for pair in pairs],
-            "method": "paper",
-            "read_from": "maps of the paper's code",
-            "refined": concept.provenance,
-        },
-    )
+    provenance = {
+        "carried_from": concept.model.to_dict(),
+        "layers": [list(pair) for pair in pairs],
+        "method": "paper",
+        "read_from": "maps of the paper's code",
+        "refined": concept.provenance,
+    }
+    return incoming({t: maps[s, t].direction(concept.at(s)) for s, t in pairs}, here, concept.name, provenance)

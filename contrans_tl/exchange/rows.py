@@ -25,7 +25,7 @@ def outgoing(concept: ConceptVector, strength: float) -> dict[int, Float32[Tenso
     """The vector of every layer, strength included. ValueError for a strength that is not finite or too large for them."""
     if not math.isfinite(strength):
         raise ValueError(f"expected a finite strength; got {strength}.")
-    rows = (strength * concept.vectors.detach()).to("cpu", torch.float32)
+    rows = strength * concept.vectors.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(rows).all()):
         raise ValueError(f"{strength:g} times {concept.name!r} is more than float32 holds.")
     return dict(zip(concept.layers, rows.clone().unbind(), strict=True))
