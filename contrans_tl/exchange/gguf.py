@@ -64,7 +64,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(Path(folder) / "vector.gguf", _ARCHITECTURE)
         writer.add_string(_HINT, told["model"]["name"] if model_hint is None else model_hint)
         writer.add_uint32(_COUNT, len(rows))
-        writer.add_string("general.name", concept.name)
+        writer.add_string("general.name", told["name"])
         writer.add_string(_ABOUT, json.dumps(told))
         for layer, row in sorted(rows.items()):
             writer.add_tensor(f"{_TENSOR}{layer}", row.numpy())

@@ -10,10 +10,11 @@ What repeng trains it reads at `hidden_states[l + 1]`, which for the last block 
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from contrans_tl.exchange.gguf import warn_of_last
-from contrans_tl.exchange.rows import check_raw, home, incoming, outgoing
+from contrans_tl.exchange.rows import about, check_raw, home, incoming, outgoing
 from contrans_tl.models import HookedModel, ModelId
 from contrans_tl.refinement import ConceptVector
 
@@ -39,7 +40,8 @@ def to_repeng(concept: ConceptVector, *, strength: float = 1.0, model_type: str 
         from repeng import ControlVector
     except (ImportError, AttributeError) as error:  # 0.4.0 names numpy's float_, which numpy 2 has not
         raise ImportError(f"this needs repeng, which does not import here ({error}): pip install repeng") from error
-    return ControlVector(model_type or concept.model.name, {layer: row.numpy() for layer, row in rows.items()})
+    hint = model_type or about(concept, strength)["model"]["name"]
+    return ControlVector(hint, {layer: row.numpy() for layer, row in rows.items()})
 
 
 def from_repeng(vector: Any, model: HookedModel | ModelId, *, name: str = "control vector") -> ConceptVector:
@@ -56,7 +58,8 @@ def from_repeng(vector: Any, model: HookedModel | ModelId, *, name: str = "contr
     """
     here = home(model, None, name)
     check_raw(here, "repeng")
-    rows = {int(layer): torch.as_tensor(row) for layer, row in vector.directions.items()}
+    # Copies: what repeng reads from a file is a view of it, which torch will not have.
+    rows = {int(layer): torch.from_numpy(np.array(row)) for layer, row in vector.directions.items()}
     if here.n_layers - 1 in rows:
         warn_of_last(name, here)
     return incoming(rows, here, name, {"read_from": "repeng", "model_type": getattr(vector, "model_type", None)})
