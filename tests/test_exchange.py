@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import pickle
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +15,8 @@ from conftest import D_MODEL, unchecked
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import contrans_tl
 from contrans_tl import ConceptVector, ModelId, identify, read_exchange, write_exchange
-from contrans_tl.exchange import read_arrays, write_npy
+from contrans_tl.exchange import read_arrays, to_repeng, to_steering_vector, write_npy
 
 WRITTEN = ("gguf", "npy", "npz", "safetensors", "spec")
 TELLING = ("gguf", "safetensors", "spec")
@@ -314,25 +311,19 @@ def test_a_zip_that_is_no_numpy_file_is_refused(tmp_path):
         read_arrays(tmp_path / "x.npz", MODEL)
 
 
-def test_the_formats_import_without_their_packages(tmp_path):
-    code = (
-        "import sys; sys.modules['gguf'] = sys.modules['repeng'] = sys.modules['steering_vectors'] = None\n"
-        "from contrans_tl.exchange import *\n"
-        "from contrans_tl import ConceptVector, ModelId\n"
-        "import torch\n"
-        "concept = ConceptVector(torch.ones(1, 2), (1,), 'x', ModelId('m', None, 'f', 3, 2, 'raw'))\n"
-        "import contrans_tl.exchange as e\n"
-        "for call in (lambda: e.write_gguf(concept, 'x.gguf'), lambda: e.read_gguf('x.gguf'),\n"
-        "             lambda: e.to_repeng(concept), lambda: e.to_steering_vector(concept)):\n"
-        "    try: call()\n"
-        "    except ImportError as error: print(error)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(contrans_tl.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 4, done.stderr
-    assert lines[0] == lines[1] == "control vectors need gguf: pip install 'contrans-tl[gguf]'"
-    assert "pip install repeng" in lines[2] and "pip install steering-vectors" in lines[3]
+def test_a_missing_package_is_named_with_how_to_get_it(tmp_path, monkeypatch):
+    for name in ("gguf", "repeng", "steering_vectors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    path = tmp_path / "x.gguf"
+    path.touch()
+    for call, remedy in (
+        (lambda: write_exchange(CONCEPT, path), r"control vectors need gguf: pip install 'contrans-tl\[gguf\]'"),
+        (lambda: read_exchange(path, model=MODEL), r"control vectors need gguf: pip install 'contrans-tl\[gguf\]'"),
+        (lambda: to_repeng(CONCEPT), "needs repeng.*pip install repeng"),
+        (lambda: to_steering_vector(CONCEPT), "needs steering-vectors.*pip install steering-vectors"),
+    ):
+        with pytest.raises(ImportError, match=remedy):
+            call()
 
 
 def test_a_spec_is_json_that_others_read(tmp_path):

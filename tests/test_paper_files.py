@@ -78,6 +78,8 @@ def test_a_trained_map_has_a_bias_which_carries_points_and_no_directions(tmp_pat
     x = seeded(3, 6)
     assert torch.allclose(found.point(x), model.linear(x), atol=1e-6)
     assert torch.allclose(found.direction(x), x @ model.linear.weight.T, atol=1e-6)
+    concept = ConceptVector(x[:1], (1,), "anger", SOURCE)
+    assert torch.equal(carry(concept, {(1, 2): found}, TARGET).vectors, found.direction(x[:1]))
 
 
 def test_a_map_saved_as_an_array_is_the_same(tmp_path):

@@ -3,26 +3,18 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, hf_steered_logits, unchecked
+from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, decoder_layers, hf_steered_logits, unchecked
+from test_control_vectors import IDS, MODEL, TOLERANCE, concept_of
 from torch import Tensor
 
-from contrans_tl import ConceptVector, identify, injection_hooks, transplant
+from contrans_tl import identify, injection_hooks, transplant
 from contrans_tl.exchange import from_spec, read_spec, to_interventions, to_spec, write_spec
-from contrans_tl.models import ModelId
-
-MODEL = ModelId("tiny", None, "0123456789abcdef", 4, 8, "raw")
-IDS = [0, 50, 97, 200, 133, 7]
-TOLERANCE = 1e-5
-"""As in test_control_vectors."""
-
-
-def concept_of(model: ModelId, *layers: int) -> ConceptVector:
-    vectors = 5 * torch.randn(len(layers), model.d_model, generator=torch.Generator().manual_seed(2))
-    return ConceptVector(vectors, layers, "joy", model, {"method": "mean"})
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "last", "generated"])
@@ -160,6 +152,63 @@ def test_a_remote_bridge_steers_what_transplant_steers(bridges, references, arch
         with torch.no_grad(), transplant(model, concept, strength=1.5, positions=positions):
             here = model(torch.tensor([IDS]))[0]
         assert (hf_steered_logits(hf, IDS, layer, affine(scale, bias)) - here).abs().max() < TOLERANCE
+
+
+class Engine:
+    """An engine as a RemoteBridge drives one: a plain model somewhere else, that takes names and edits."""
+
+    def __init__(self, hf: Any, bridge: Any) -> None:
+        self.hf, self.bridge_config, self.tokenizer, self.architecture = hf, bridge.cfg, bridge.tokenizer, "llama"
+        self.supported_hook_points = frozenset(f"blocks.{layer}.hook_out" for layer in range(N_LAYERS))
+        self.non_fireable_hook_points: frozenset[str] = frozenset()
+        self.provides_sequence_logits = True
+
+    def close(self) -> None: ...
+
+    def supports(self, feature: str) -> bool:
+        return False
+
+    def forward(self, input_ids: Any, *, capture: Any, intervene: Any, **options: Any) -> Any:
+        from transformer_lens.model_bridge.driver_protocol import ForwardResult
+
+        captured: dict[str, Tensor] = {}
+
+        def hook(name: str, module: Any, inputs: Any, output: Any) -> Any:
+            resid = output[0] if isinstance(output, tuple) else output
+            if name in intervene:
+                resid = affine(*accepts({name: intervene[name]}, N_LAYERS, D_MODEL)[name])(resid)
+            if name in capture:
+                captured[name] = resid
+            return (resid, *output[1:]) if isinstance(output, tuple) else resid
+
+        layers = enumerate(decoder_layers(self.hf))
+        handles = [block.register_forward_hook(partial(hook, f"blocks.{layer}.hook_out")) for layer, block in layers]
+        try:
+            with torch.no_grad():
+                logits = self.hf(input_ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return ForwardResult(logits=logits, captured=captured)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_a_captured_run_of_a_remote_bridge_is_that_of_the_transplant(bridges, references, positions):
+    try:
+        from transformer_lens.model_bridge.remote_bridge import RemoteBridge
+    except ImportError:
+        assert version("transformer-lens").startswith("3."), "4 has one"
+        return
+    model = bridges["llama"]
+    concept = concept_of(identify(model), 1)
+    remote = RemoteBridge(model.adapter, model.tokenizer, Engine(references["llama"], model))
+    edits = to_interventions(concept, strength=1.5, positions=positions, prompt_length=len(IDS))
+    logits, there = remote.run_with_cache(torch.tensor([IDS]), intervene=edits)
+    with torch.no_grad(), transplant(model, concept, strength=1.5, positions=positions):
+        expected, here = model.run_with_cache(torch.tensor([IDS]))
+    assert (logits - expected).abs().max() < TOLERANCE
+    for layer in range(N_LAYERS):
+        assert (there[f"blocks.{layer}.hook_out"] - here[f"blocks.{layer}.hook_resid_post"]).abs().max() < TOLERANCE
 
 
 def test_several_concepts_add_up_where_they_meet():
