@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 PRESENT, ABSENT = 0.12, 0.07
-"""From the first on a concept arrived in nearly every case, below the second in nearly none; see .docs/pages/evidence/prediction.md."""
+"""From the first on a concept arrived in nearly every case, below the second in nearly none.
+
+Measured: .docs/pages/evidence/prediction.md."""
 LOW_COVERAGE = 0.984
 """Between what was measured where emotions arrived and where not: below it, text that mentions the concept is missing."""
 
