@@ -746,11 +746,12 @@ def fit_maps(
     """Affine maps from every source layer to every target layer, fitted on the same sentences in both models (eq. 2).
 
     Args:
-        source, target: models, or names for `load_model`: then one is gone from memory before the other is loaded.
+        source: a model, or a name for `load_model`: by names, one model is gone from memory before the other is loaded.
+        target: likewise.
         sentences: neither labels nor the prompts of any concept, but text in which the concept occurs in passing: a corpus
             that never shows it cannot carry it (`LayerMaps.coverage`).
         rows: the end of every word, aligned by character between tokenizers, or the `last` token (the paper's).
-        method, ridge, rank, standardise: see `LayerMaps.fit`.
+        method: see `LayerMaps.fit`, also for `ridge`, `rank` and `standardise`.
         folder: for a corpus that memory does not hold: keep all rows below this folder (`shards.store`), where a second run
             finds them. Grids are then of a sample, and `maps[s, t]` and `reformulate` read all rows.
         sample: rows of that sample, at most; of whole sentences.
