@@ -139,7 +139,7 @@ def run_experiment(
         neutral: texts that no map is fitted on, for the cost of a transplant.
         unrelated: a corpus that never shows the concepts; maps fitted on it are one more control, `neutral_corpus`.
         tasks: {concept: what is asked}, where it is not the concept's own questions.
-        arms, search, allow_overlap: as for `evaluate`.
+        arms: as for `evaluate`, like `search` and `allow_overlap`.
         rivals: likewise; the concept after each (the first after the last) is its `other_concept`, and the paper's map an arm.
         diagnosed: also look at the layers and heads that each transplant acts on.
         depth: the one layer of each model at this share of its depth (`layer_at`); None: all pairs of layers are looked at.

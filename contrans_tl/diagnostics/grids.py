@@ -62,8 +62,9 @@ def grids(
 
     Args:
         native: the target's own vector; layers it does not have are NaN.
-        task, target: measure every carried vector, at `strength` and all positions, on a split of the task: a run of the blocks
-            above the target layer for every cell. The select split, unless layers are not to be chosen by it.
+        task: measure every carried vector, at `strength` and all positions, on a split of it: a run of the blocks above the
+            target layer for every cell. The select split, unless layers are not to be chosen by it.
+        target: the model to measure in, with a task.
         weighting: as in `reformulate`.
 
     Raises:

@@ -82,7 +82,8 @@ def on_the_questions(pairs: ContrastPairs, prompts: Iterable[str], positive: str
 
     Args:
         prompts: the questions as the personas are to be asked them.
-        positive, negative: templates with {prompt}, as of `persona_pairs`.
+        positive: a template with {prompt}, as of `persona_pairs`.
+        negative: likewise.
     """
     personas = persona_pairs(pairs.name, prompts, positive, negative)
     return replace(pairs, positive=personas.positive, negative=personas.negative)

@@ -56,7 +56,8 @@ def read_materials(
     Args:
         pairs: our own files, with select and test questions.
         scenarios: folder with RepE's files of the paper's six emotions.
-        truthfulqa, facts: TruthfulQA's questions, and the statements (`statement,label`) that honesty is refined on.
+        truthfulqa: TruthfulQA's questions; they come with `facts`.
+        facts: the statements (`statement,label`) that honesty is refined on.
         toxigen: folder of ToxiGen's demonstrations.
         toxic: MODEL:LABEL, the classifier of continuations, by default `CLASSIFIER`; toxic is a probability of 0.5 or more.
 
