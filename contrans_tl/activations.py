@@ -24,6 +24,7 @@ from contrans_tl.progress import track
 from contrans_tl.tokens import ALIGNED, Encoding, by_length, encode, pad, prepends_bos, word_ends
 
 Rows = Literal["last", "words"]
+"""The last token of every text (the paper's), or the token at the end of every word."""
 
 NO_WORD_ENDS = "in none of the texts does a token end where a word ends; use rows='last'."
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from contrans_tl import artifacts
 
 Method = Literal["ridge", "paper", "pcr", "reduced_rank", "procrustes", "identity"]
+"""How a map is fitted; see `LayerMaps.fit`."""
 EXACT = ("ridge", "paper")
 """Methods whose held-out residuals have a closed form."""
 RIDGED = ("ridge", "reduced_rank")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Metric = Literal["token_accuracy", "mc1"]
+"""See `ContrastPairs.metric`."""
 
 
 @dataclass(frozen=True)

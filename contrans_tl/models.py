@@ -27,8 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Basis = Literal["raw", "centred"]
+"""As the weights are, or with the mean over d_model subtracted from all that writes to the stream."""
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
+"""A place in a block; `hook_name` makes a hook point of it."""
 Hook = tuple[str, Callable[..., Any]]
+"""Name of a hook point, and what is called there."""
 
 _SITES = {
     "resid_pre": "hook_resid_pre",

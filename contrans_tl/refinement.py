@@ -29,8 +29,11 @@ from contrans_tl.data import ContrastPairs
 from contrans_tl.models import HookedModel, ModelId
 
 Method = Literal["mean", "pca", "logistic"]
+"""Mean difference, first principal direction of the differences, or logistic regression."""
 Positive = Float[Tensor, "positive layer d_model"]
+"""Rows of the prompts with the concept."""
 Negative = Float[Tensor, "negative layer d_model"]
+"""Rows of those without."""
 
 
 @dataclass(frozen=True, eq=False)

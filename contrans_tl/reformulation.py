@@ -75,6 +75,7 @@ from contrans_tl.tokens import check_alignment
 from contrans_tl.verdict import Verdict
 
 Weighting = Literal["concept", "uniform"]
+"""Rows count by what they say about the concept, or alike (the paper's)."""
 COLUMNS = 64
 """Random mixtures of the target's dimensions, over all its layers, that ridge strengths are judged by."""
 SAMPLE = 4000

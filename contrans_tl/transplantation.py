@@ -45,7 +45,9 @@ from contrans_tl.models import (
 from contrans_tl.refinement import ConceptVector
 
 Concept = ConceptVector | HeadVectors
+"""Vectors of layers or of heads."""
 Positions = Literal["all", "prompt", "generated", "last"]
+"""Which tokens are steered; see `Injection`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,10 +27,11 @@ from contrans_tl.__main__ import app, main
 from contrans_tl.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 PAGES = ROOT / ".docs/pages"
 ERRORS = sorted(page for page in (PAGES / "errors").glob("*.md") if page.name != "index.md")
 OTHERS = [page for page in sorted(PAGES.rglob("*.md")) if page not in ERRORS]
-SLOW = {ROOT / "README.md", PAGES / "api/commands.md"}
+SLOW = {README, PAGES / "thinking.md", PAGES / "api/commands.md"}
 SET_UP = 2
 """README's first bash blocks: they make an environment, and .ci/run runs them as they stand."""
 
@@ -86,6 +87,17 @@ def bash_blocks(page: Path) -> list[Block]:
     return [block for block in blocks(page) if block.language == "bash"]
 
 
+def on_the_papers_models(block: Block) -> bool:
+    """Recipes on models and files that nobody can ship."""
+    return "meta-llama/" in block.text
+
+
+def runnable(page: Path) -> list[Block]:
+    """The bash blocks whose commands need nothing but data/."""
+    found = bash_blocks(page)[SET_UP if page == README else 0 :]
+    return [block for block in found if not on_the_papers_models(block) and commands(block)]
+
+
 @contextlib.contextmanager
 def working_in(folder: Path) -> Iterator[None]:
     """In a folder that sees data/ as the repository's does."""
@@ -113,7 +125,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return namespace
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *OTHERS, *ERRORS], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [README, *OTHERS, *ERRORS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_is_of_a_language_that_somebody_runs_or_reads(page):
     assert {block.language for block in blocks(page)} <= {"python", "bash", "text"}
 
@@ -124,44 +136,30 @@ def test_a_page_about_an_error_shows_it_as_it_is_printed_and_what_it_says_to_do_
         run(page, dict(begun))
 
 
-@pytest.mark.parametrize("page", named([ROOT / "README.md", *(page for page in OTHERS if page != PAGES / "errors/index.md")]))
+@pytest.mark.parametrize("page", named([README, *(page for page in OTHERS if page != PAGES / "errors/index.md")]))
 def test_the_python_of_a_page_runs_in_order(page, tmp_path):
     with working_in(tmp_path):
         run(page, {})
 
 
-@pytest.mark.parametrize("page", named([page for page in (*OTHERS, *ERRORS) if bash_blocks(page)]))
+@pytest.mark.parametrize("page", named([page for page in (README, *OTHERS, *ERRORS) if runnable(page)]))
 def test_the_commands_of_a_page_run(page, tmp_path, capsys):
     with working_in(tmp_path), unchecked():
-        for block in bash_blocks(page):
+        for block in runnable(page):
             for arguments in commands(block):
                 assert main(arguments) == 0, f"contrans {shlex.join(arguments)}: {capsys.readouterr().err}"
 
 
-@pytest.mark.slow
-def test_the_commands_of_the_readme_run(tmp_path, capsys):
-    with working_in(tmp_path), unchecked():
-        for block in bash_blocks(ROOT / "README.md")[SET_UP:]:
-            if not on_the_papers_models(block):
-                for arguments in commands(block):
-                    assert main(arguments) == 0, f"contrans {shlex.join(arguments)}: {capsys.readouterr().err}"
-
-
-def on_the_papers_models(block: Block) -> bool:
-    """README's block of recipes on models and files that nobody can ship."""
-    return "meta-llama/" in block.text
-
-
 def test_the_readme_is_set_up_as_ci_sets_it_up():
     ci = (ROOT / ".ci/run").read_text()
-    set_up = bash_blocks(ROOT / "README.md")[:SET_UP]
+    set_up = bash_blocks(README)[:SET_UP]
     assert all(block.text.startswith("python3 -m venv .venv") for block in set_up)
     assert f"blocks[:{SET_UP}]" in ci
     assert all(f'bash -euo pipefail "$work/command{number}"' in ci for number in range(1, SET_UP + 1))
 
 
 def test_commands_on_the_papers_models_are_the_command_lines_own():
-    [block] = [block for block in bash_blocks(ROOT / "README.md") if on_the_papers_models(block)]
+    [block] = [block for page in (README, *OTHERS) for block in bash_blocks(page) if on_the_papers_models(block)]
     asked = commands(block)
     for arguments in asked:
         command = get_command(app).commands[arguments[0]]

@@ -50,6 +50,7 @@ from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
 Kind = Literal["layer", "position", "head"]
+"""What an effect is divided among: layers, positions, heads."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from contrans_tl.models import HookedModel
 from contrans_tl.tokens import encode
 
 Ready = Literal["logit_difference", "log_probability", "kl"]
+"""Metrics by name, beside which any callable is one."""
 Prompts = Sequence[str] | Sequence[Question]
+"""Texts, or questions for the metrics that need an answer."""
 
 
 @dataclass(frozen=True, eq=False)

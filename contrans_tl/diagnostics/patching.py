@@ -46,6 +46,7 @@ from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
 Direction = Literal["denoise", "noise"]
+"""Injected activations into the clean run, or clean ones into the injected run."""
 SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out")
 """Patched whole and by position; heads are patched at `z`, over all positions."""
 

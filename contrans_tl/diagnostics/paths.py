@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 By = Literal["q", "k", "v", "qkv"]
+"""The input of a head that the vector enters by."""
 Head = tuple[int, int]
+"""Layer and head, counted from 0."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

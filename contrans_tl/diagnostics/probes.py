@@ -30,6 +30,7 @@ from contrans_tl.models import HookedModel, check_layers, identify
 from contrans_tl.progress import track
 
 Probe = Literal["logistic", "mass"]
+"""A logistic regression, or the direction between the means (mass mean)."""
 PENALTY = 1e-2
 """Of the logistic probe: times |w|^2 / 2 beside the mean log loss, features scaled to a mean norm of 1 (as in `refinement`)."""
 STEPS = 60

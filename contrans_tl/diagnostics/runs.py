@@ -25,6 +25,7 @@ from contrans_tl.tokens import by_length, pad
 from contrans_tl.transplantation import check_home
 
 Edit = Callable[[Tensor], Tensor]
+"""What is at a hook point -> what is put there."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
 Position = Literal["all", "last"] | int
+"""Every token, the last one, or a number from the end: -1 is the last."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -21,6 +21,7 @@ from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
 
 Unit = Literal["raw", "native", "resid", "kl"]
+"""Of strengths: of the vector as it is, of the native vector's norm, of the stream's mean norm, or the KL it may cost."""
 STRENGTHS: dict[Unit, tuple[float, ...]] = {
     "raw": (1.0, 2.0, 3.0, 5.0),
     "native": (0.5, 1.0, 2.0, 3.0),
@@ -67,6 +68,7 @@ class Search:
 
 
 Setting = dict[str, float | int]
+"""Layers, strength, effect and cost of one setting that was tried."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from contrans_tl.evaluation.subjects import Sampling, Subject
 from contrans_tl.tokens import encode
 
 Split = Literal["select", "test", "own"]
+"""Questions to choose by, to report on, and those of the concept itself."""
 Scorer = Callable[[list[str]], Sequence[float]]
 """Continuations -> a number for each."""
 

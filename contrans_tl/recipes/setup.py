@@ -12,6 +12,7 @@ from contrans_tl.experiment import Transfer, run_experiment
 from contrans_tl.models import HookedModel, load_model
 
 ModelOrName = HookedModel | str | os.PathLike[str]
+"""A model, or a name for `load_named`."""
 Models = Sequence[ModelOrName] | Mapping[str, ModelOrName]
 """Models, or names to load them by (`name@revision` for a checkpoint on the hub); a mapping says what the table calls them."""
 
