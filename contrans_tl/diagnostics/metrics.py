@@ -3,9 +3,9 @@
     attribute(model, concept, pairs.test, metric="logit_difference")      questions bring their answers
     attribute(model, concept, prompts, metric=lambda logits: logits[:, yes] - logits[:, no])
 
-`logit_difference`   logit of the answer less the mean logit of the other options (in logits; linear in them)
-`log_probability`    log-probability of the answer over the whole vocabulary (in nats)
-`kl`                 how far the next token is from what the model itself would say, KL(model as it is || now) (in nats)
+    logit_difference   logit of the answer less the mean logit of the other options (in logits; linear in them)
+    log_probability    log-probability of the answer over the whole vocabulary (in nats)
+    kl                 how far the next token is from what the model itself would say, KL(model as it is || now) (in nats)
 
 The first two need `Question`s; an option is its first token behind the prompt. Any callable from logits "prompt vocab" to one
 number a prompt will do as well; one that has to know which prompts the rows are, or what the model says as it is, is a

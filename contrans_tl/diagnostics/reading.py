@@ -3,12 +3,12 @@
 A head of layer m sees the stream x through its norm and three matrices, q = W_Q^T LN(x) + b_Q, likewise k and v. A vector v
 that was added to the stream further down still stands in it, s v, beside whatever others make of it.
 
-`readers`          how much s v moves q, k and v, to first order: with the norm's scale sigma held as it is at every real token,
+`readers` tells how much s v moves q, k and v, to first order, with the norm's scale sigma held as it is at every real token,
 
-                       |d q| = s |W_Q^T (g * P v)| / sigma          g: the norm's gain; P v: v less its mean, for LayerNorm
+    |d q| = s |W_Q^T (g * P v)| / sigma          g: the norm's gain; P v: v less its mean, for LayerNorm
 
-                   and whether that is more than for directions drawn at random, as long as v.
-`pattern_changes`  how far the transplant moves what each head attends to: KL(clean || transplanted) in nats.
+and whether that is more than for directions drawn at random, as long as v. `pattern_changes` tells how far the transplant
+moves what each head attends to: KL(clean || transplanted) in nats.
 
     readers(model, concept, prompts, layer=4).top(5)                            [("L6H3 q", 9.1), ...] deviations of the null
     pattern_changes(model, concept, prompts, layer=4, strength=2.0).top(5)

@@ -3,11 +3,11 @@
     read = read_questions(model, questions)
     answer_questions(model, read, "mc1", forward=subject.forward).hits
 
-`token_accuracy`   greedy decoding over the whole vocabulary writes the answer, as far as it differs from the other options
-`logit_accuracy`   among the options, as far as each differs from the others, the answer is the likeliest
-`mc1`              the answer is likelier than every option that is wrong, by the sum of log-probabilities of its tokens
-`mc1_normalised`   the same by log-probability a character
-`mc2`              the share of the probability of all options that falls on the right ones
+    token_accuracy   greedy decoding over the whole vocabulary writes the answer, as far as it differs from the other options
+    logit_accuracy   among the options, as far as each differs from the others, the answer is the likeliest
+    mc1              the answer is likelier than every option that is wrong, by the sum of log-probabilities of its tokens
+    mc1_normalised   the same by log-probability a character
+    mc2              the share of the probability of all options that falls on the right ones
 
 The first two are the paper's emotion experiment, where an option is its first token; here it is the shortest run of tokens
 that no other option begins with, so that " dismay" and " disgust" can be told apart in any tokenizer. The last three are
