@@ -18,7 +18,7 @@ Y Y^T only.
 `reduced_rank` limit the rank, by held-out error; `procrustes` is a rotation and one scale; `identity`, for equal widths,
 moves the mean only: W = I.
 
-Two findings set the defaults (see the README for the measurements). *Coverage* of a concept v,
+Two findings set the defaults (measured in the documentation, Evidence). *Coverage* of a concept v,
 v^T X^T X (X^T X + lambda I)^-1 v / |v|^2 with lambda = 1e-3 of the mean diagonal, is the share of v that the corpus lets the
 map see; it needs the source alone and predicts the effect of a transplant, which held-out R2 does not. *Concept weighting*
 gives every row the weight 1/2 + s_i^2 / (2 mean s^2), s_i = (x_i - mean)^T (X^T X + lambda I)^-1 v, so that the map is fitted

@@ -168,6 +168,11 @@ def test_commands_on_the_papers_models_are_the_command_lines_own():
     assert {arguments[1] for arguments in asked} == set(RECIPES)
 
 
+def test_what_the_readme_links_to_is_there():
+    links = re.findall(r"\]\(([^)#\s]+)", README.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
 # --- what the pages say of the library ------------------------------------------------------------------------------
 
 

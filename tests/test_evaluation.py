@@ -285,7 +285,7 @@ def test_prompts_that_were_seen_are_refused_or_mark_the_report(untrained):
 
 def test_an_evaluation_without_questions_is_refused(untrained):
     (target, _, *rest), _ = untrained
-    with pytest.raises(ValueError, match="select and test questions"):
+    with pytest.raises(ValueError, match="there are no test questions"):
         evaluate(target, replace(PAIRS, test=()), *rest, **QUICK)
 
 

@@ -65,8 +65,11 @@ def evaluate(
         Interrupted: ^C; a report of the arms measured so far is in its `.report`.
     """
     task = task_of(pairs) if task is None else task
-    if not task.prompts("select") or not task.prompts("test"):
-        raise ValueError(f"{task.name}: expected select and test questions to evaluate on; there are none of one of them.")
+    if lacking := [split for split in ("select", "test") if not task.prompts(split)]:
+        raise ValueError(
+            f"{task.name}: expected select questions to choose by and test questions to report on; there are no "
+            f"{' and no '.join(lacking)} questions. Add them to the pairs' file, or pass a task."
+        )
     if not maps.target.model.same_space(here := identify(target)):
         raise ValueError(f"these maps lead into {maps.target.model}, the model is {here}: fit maps into this one.")
     if len(neutral) < 2:
