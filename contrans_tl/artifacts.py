@@ -36,6 +36,18 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     Raises:
         ValueError: no such file, a truncated or foreign one, another kind of artifact, or a newer format.
     """
+    tensors, about = _read(path, kind)
+    if about["kind"] != kind:
+        raise ValueError(f"expected a {kind}; {str(path)!r} holds a {about['kind']}.")
+    return tensors, about
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The kind of artifact a file holds. ValueError for no such file, a truncated or foreign one, or a newer format."""
+    return str(_read(path, "contrans_tl", tensors=False)[1]["kind"])
+
+
+def _read(path: str | os.PathLike[str], kind: str, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"expected a {kind} file; there is no file {str(path)!r}.")
@@ -43,16 +55,14 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             about = json.loads(metadata[_KEY]) if _KEY in metadata else None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is truncated or not a safetensors file ({error}); save it again.") from error
     if not isinstance(about, dict) or not {"format", "kind"} <= set(about):
         raise ValueError(f"{str(path)!r} was not written by contrans_tl: its header says nothing about model and layers.")
     if about["format"] > FORMAT:
         raise ValueError(f"{str(path)!r} has format {about['format']}; this version reads up to {FORMAT}. Update contrans_tl.")
-    if about["kind"] != kind:
-        raise ValueError(f"expected a {kind}; {str(path)!r} holds a {about['kind']}.")
-    return tensors, about
+    return found, about
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:

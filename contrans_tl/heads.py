@@ -185,6 +185,29 @@ class HeadMaps:
         best = self.r2.nan_to_num(-torch.inf).argmax(0).tolist()
         return {head: self.source_heads[s] for head, s in zip(self.target_heads, best, strict=True)}
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write rows and chosen ridges as safetensors."""
+        tensors, about = self.maps._written()
+        about["heads"] = {
+            "source": self.source.to_dict(),
+            "target": self.target.to_dict(),
+            "source_heads": self.source_heads,
+            "target_heads": self.target_heads,
+            "pooled": self.pooled,
+        }
+        return artifacts.save(path, "head maps", tensors, about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "HeadMaps":
+        """Read what `save` wrote. ValueError for a truncated, foreign or newer file."""
+        tensors, about = artifacts.load(path, "head maps")
+        places = about["heads"]
+        source, target = (ModelId(**places[side]) for side in ("source", "target"))
+        source_heads, target_heads = (
+            tuple((layer, head) for layer, head in places[f"{side}_heads"]) for side in ("source", "target")
+        )
+        return cls(LayerMaps._of(tensors, about), source, target, source_heads, target_heads, places["pooled"])
+
 
 def fit_head_maps(
     source: HookedModel,

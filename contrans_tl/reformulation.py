@@ -629,6 +629,10 @@ class LayerMaps:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write rows, weights and chosen ridges as safetensors; to keep the file small, save `maps.only(...)`. Rows on disk
         stay where they are, and their folders are written. ValueError for weighted maps of these: weigh them once loaded."""
+        return artifacts.save(path, "layer maps", *self._written())
+
+    def _written(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the header of a file."""
         if self.stored is not None and self.weights is not None:
             raise ValueError("row weights of a corpus on disk are not saved: save the unweighted maps, reweight them again.")
         tensors = {"source": self.source.values, "target": self.target.values}
@@ -654,7 +658,7 @@ class LayerMaps:
                 "layers": activations.layers,
                 "prepend_bos": activations.prepend_bos,
             }
-        return artifacts.save(path, "layer maps", tensors, about)
+        return tensors, about
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerMaps":
@@ -663,7 +667,11 @@ class LayerMaps:
         Raises:
             ValueError: a truncated, foreign or newer file, or rows on disk that are gone or damaged.
         """
-        tensors, about = artifacts.load(path, "layer maps")
+        return cls._of(*artifacts.load(path, "layer maps"))
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> "LayerMaps":
+        """From what `_written` gave."""
 
         def rows(side: str, suffix: str = "") -> Activations:
             return Activations(

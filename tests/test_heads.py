@@ -13,8 +13,8 @@ from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, TEXTS, decoder_layers, ho
 from torch import Tensor
 
 from contrans_tl import ContrastPairs, Injection, identify, injection_hooks, load_model, transplant
-from contrans_tl.heads import HeadVectors, collect_heads, fit_head_maps, refine_heads, reformulate_heads
-from contrans_tl.reformulation import fit_affine
+from contrans_tl.heads import HeadMaps, HeadVectors, collect_heads, fit_head_maps, refine_heads, reformulate_heads
+from contrans_tl.reformulation import LayerMaps, fit_affine
 
 TOLERANCE = 1e-5
 """as for the residual stream; a vector at one wrong token or head changes logits by more than 0.01."""
@@ -284,6 +284,23 @@ def test_pooled_heads_are_mapped_side_by_side(bridges):
         reformulate_heads(v, maps, heads={(0, 1): (2, 1)})
     with pytest.raises(ValueError, match="pooled=False"):
         maps.best()
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_head_maps_are_loaded_as_they_were_saved(bridges, tmp_path, pooled):
+    source, target = bridges["llama"], bridges["gpt2"]
+    chosen = {"source_heads": [(1, 2), (0, 3)], "target_heads": [(2, 0), (0, 1)]}
+    maps = fit_head_maps(source, target, SENTENCES, pooled=pooled, **chosen)
+    loaded = HeadMaps.load(maps.save(tmp_path / "maps.safetensors"))
+    for name in ("source", "target", "source_heads", "target_heads", "pooled"):
+        assert getattr(loaded, name) == getattr(maps, name)
+    v = refine_heads(source, PAIRS)
+    moved, again = reformulate_heads(v, maps), reformulate_heads(v, loaded)
+    assert moved.heads == again.heads and torch.equal(moved.vectors, again.vectors)
+    with pytest.raises(ValueError, match="expected a layer maps; .* holds a head maps"):
+        LayerMaps.load(tmp_path / "maps.safetensors")
+    with pytest.raises(ValueError, match="expected a head maps; .* holds a head vectors"):
+        HeadMaps.load(v.save(tmp_path / "vectors.safetensors"))
 
 
 def test_what_no_head_map_has_is_refused(bridges):
