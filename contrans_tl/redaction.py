@@ -43,11 +43,11 @@ def redacted(value: Any) -> Any:
 
 
 def refuse_tokens(text: str) -> None:
-    """ValueError, which does not repeat it, for a text that holds an access token, a private key or an address with a password."""
+    """ValueError for a text that holds an access token, a private key or an address with a password; it is not repeated."""
     if found := _TOKEN.search(text):
         raise ValueError(
-            f"what would be written holds an access token or a password ({found[0][:3]}...): take it out, and revoke it if it has "
-            "been anywhere else."
+            f"what would be written holds an access token or a password ({found[0][:3]}...): take it out, and revoke it if "
+            "it has been anywhere else."
         )
 
 
