@@ -42,9 +42,13 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     return tensors, about
 
 
-def kind_of(path: str | os.PathLike[str]) -> str:
-    """The kind of artifact a file holds. ValueError for no such file, a truncated or foreign one, or a newer format."""
-    return str(_read(path, "contrans_tl", tensors=False)[1]["kind"])
+def header_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a file of any kind, `kind` and `format` in it; its tensors are not read.
+
+    Raises:
+        ValueError: no such file, a truncated or foreign one, or a newer format.
+    """
+    return _read(path, "contrans_tl", tensors=False)[1]
 
 
 def _read(path: str | os.PathLike[str], kind: str, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from contrans_tl import AffineMap, ConceptVector, LayerMaps, ModelId, fit_affine
-from contrans_tl.artifacts import FORMAT, kind_of, load, save, write_atomically
+from contrans_tl.artifacts import FORMAT, header_of, load, save, write_atomically
 
 MODEL = ModelId("tiny", "abc123", "0123456789abcdef", 3, 4, "raw")
 CONCEPT = ConceptVector(
@@ -112,8 +112,8 @@ def test_another_kind_of_artifact_and_a_missing_file_are_refused(tmp_path):
     path = CONCEPT.save(tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="expected a layer maps; .* holds a concept vector"):
         LayerMaps.load(path)
-    assert kind_of(path) == "concept vector"
-    for read in (AffineMap.load, kind_of):
+    assert header_of(path)["kind"] == "concept vector" and header_of(path)["layers"] == [0, 2]
+    for read in (AffineMap.load, header_of):
         with pytest.raises(ValueError, match="there is no file"):
             read(tmp_path / "missing")
 
