@@ -70,6 +70,9 @@ if TYPE_CHECKING:
     from contrans_tl.reformulation import reformulate as reformulate
     from contrans_tl.shards import StoredActivations as StoredActivations
     from contrans_tl.shards import store as store
+    from contrans_tl.sharing import pull as pull
+    from contrans_tl.sharing import pull_scores as pull_scores
+    from contrans_tl.sharing import push as push
     from contrans_tl.splicing import splice as splice
     from contrans_tl.tokens import alignment as alignment
     from contrans_tl.transplantation import Injection as Injection
@@ -114,6 +117,7 @@ _HOME = {
     "affine": ("AffineMap",),
     "reformulation": ("LayerMaps", "fit_affine", "fit_maps", "reformulate"),
     "shards": ("StoredActivations", "store"),
+    "sharing": ("pull", "pull_scores", "push"),
     "splicing": ("splice",),
     "tokens": ("alignment",),
     "transplantation": ("Injection", "injection_hooks", "transplant"),

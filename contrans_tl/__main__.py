@@ -426,6 +426,41 @@ def generate(
         typer.echo(target.generate(prompt, max_new_tokens=tokens, do_sample=False, verbose=False))
 
 
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="What `refine`, `fit` or `reformulate` wrote.")],
+    to: Annotated[str, typer.Argument(help="A repository of the hub, user/name, or a folder, ./name.")],
+    report: Annotated[Path | None, typer.Option(help="report.json of a run, or its folder, for the scores.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="The contrast pairs, to print a few of their prompts; else no prompt is published.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository a public one.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Share a concept or maps, with a card that says what they are: on the Hugging Face hub, or in a folder."""
+    _quiet()
+    from contrans_tl import ContrastPairs
+    from contrans_tl.sharing import load
+    from contrans_tl.sharing import push as push_to
+
+    pairs = None if examples is None else ContrastPairs.load(examples)
+    typer.echo(push_to(load(file), to, report=report, examples=pairs, private=not public, commit_message=message))
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="A repository of the hub, user/name, or a folder, ./name.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; a commit never changes.")] = None,
+) -> None:
+    """Fetch what was pushed, checked against its checksums."""
+    _quiet()
+    from contrans_tl.sharing import pull as pull_from
+
+    found = pull_from(source, revision=revision)
+    typer.echo(f"{found}\n{found.save(out)}")
+
+
 def _finish(work: Callable[[], Any], out: Path) -> None:
     """Do the work and leave its report, with the command line in it; also, saying so, if it is interrupted."""
     from dataclasses import replace

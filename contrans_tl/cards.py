@@ -167,7 +167,7 @@ def _home(kind: str, about: Mapping[str, Any], models: Mapping[str, ModelId]) ->
         if unknown
         else ""
     )
-    belong = "What is read from any other model or basis is refused when it is used."
+    belong = "With any other model or basis it is refused."
     return "\n".join(rows) + f"\n\n{places} {belong}{local}"
 
 
@@ -180,8 +180,8 @@ def _made(kind: str, about: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     limits += ["source dimensions scaled to equal variance"] if about.get("standardise") else []
     return (
         f"Fitted by {_code(about['method'])}{''.join(f', {limit}' for limit in limits)}, on {sizes['rows']} rows of "
-        f"{sizes['sentences']} sentences, {_ROWS.get(about['rows'], '')} in both models; corpus {_code(about['texts_hash'])} (a "
-        f"hash of its texts).{ridge}"
+        f"{sizes['sentences']} sentences, {_ROWS.get(about['rows'], '')} in both models; corpus {_code(about['texts_hash'])} "
+        f"(a hash of its texts).{ridge}"
     )
 
 
@@ -307,7 +307,7 @@ def _load(variable: str, model: ModelId) -> list[str]:
 
 def _generate(model: str, vectors: str, place: str, strength: float) -> list[str]:
     return [
-        f"with transplant({model}, {vectors}, {place}, strength={strength:g}):",
+        f"with transplant({model}, {vectors}, {place}, strength={float(f'{strength:.4g}')}):",
         f'    print({model}.generate("The letter made me feel", max_new_tokens=20, do_sample=False))',
     ]
 

@@ -22,8 +22,11 @@ _TOKEN = re.compile(
 _ROOT = r"(?:file://+|~(?:[A-Za-z_][\w.-]*)?/|\.{1,2}/|(?:(?<!:)/+|/)(?![/\s])|\\\\|[A-Za-z]:[\\/](?!/))"
 _WHOLE = re.compile(rf"^[ \t]*{_ROOT}\S.*$|^[\w.-]+(?:/[\w.-]+){{2,}}$", re.MULTILINE)
 """A line that is a path: from a root, or of more parts than a hub id has."""
-_WITHIN = re.compile(rf"(?<![\w.~/\\-])(?:[A-Za-z]:\\(?:[^\\/:*?\"<>|\r\n]+\\)*[^\s\"<>|,;)\]}}]*|{_ROOT}[^\s\"'`<>|,;)\]}}]+)")
-"""A path among words; what a Windows folder is called may have spaces in it."""
+_WITHIN = re.compile(
+    rf"(?<![\w.~/\\-])(?!/[A-Za-z]\w*>)"
+    rf"(?:[A-Za-z]:\\(?:[^\\/:*?\"<>|\r\n]+\\)*[^\s\"<>|,;)\]}}]*|{_ROOT}[^\s\"'`<>|,;)\]}}]+)"
+)
+"""A path among words, and not the end tag of some HTML; what a Windows folder is called may have spaces in it."""
 
 
 def redacted(value: Any) -> Any:

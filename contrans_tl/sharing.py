@@ -140,6 +140,14 @@ def pull_scores(source: str | os.PathLike[str], *, revision: str | None = None, 
     return list(json.loads((folder / SCORES).read_bytes())) if SCORES in manifest["files"] else []
 
 
+def load(path: str | os.PathLike[str]) -> Shareable:
+    """A concept or maps from a file, whichever it holds. ValueError for one that holds neither."""
+    kind = artifacts.header_of(path)["kind"]
+    if kind not in KINDS:
+        raise ValueError(f"expected a file of {', '.join(KINDS)}; {str(path)!r} holds a {kind}, which names no models.")
+    return KINDS[kind][0].load(path)
+
+
 def scores_of(
     report: TransferReport | Mapping[str, Any] | str | os.PathLike[str], kind: str, about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -172,10 +180,11 @@ def _transfers(content: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], 
     """Each transfer of a report, with the fingerprints of source and target as far as it tells them."""
     if "targets" not in content:
         yield content, {}
+    models = content.get("models", {})
     for target, row in content.get("targets", {}).items():
-        models = {"source": content["models"]["source"], "target": content["models"][target]}
+        known = {side: models[key]["fingerprint"] for side, key in (("source", "source"), ("target", target)) if key in models}
         for transfer in row.values():
-            yield transfer, {side: model["fingerprint"] for side, model in models.items()}
+            yield transfer, known
 
 
 def _is_of(transfer: Mapping[str, Any], fingerprints: Mapping[str, str], kind: str, about: Mapping[str, Any]) -> bool:
@@ -382,8 +391,8 @@ def _manifest_of(folder: Path, source: str) -> dict[str, Any]:
     kind, files = manifest.get("kind"), manifest.get("files")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{MANIFEST} of {source!r} is of a {kind!r}; expected one of {', '.join(KINDS)}.")
-    if not isinstance(files, dict):
-        raise ValueError(f"{MANIFEST} of {source!r} lists no files.")
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and {"sha256", "size"} <= set(f) for f in files.values()):
+        raise ValueError(f"{MANIFEST} of {source!r} does not list files with their SHA-256 and size.")
     expected = {KINDS[kind][1], SCORES, CARD}
     if strange := sorted(set(files) - expected):
         raise ValueError(

@@ -54,6 +54,7 @@ def test_a_path_is_cut_to_its_last_part(text, left):
         "blocks.3.hook_resid_post",
         "naïve “joy”: a ~ b ...",
         "hf_hub_download",
+        "<b>bold</b> and <br/>",
         "",
     ],
 )
