@@ -572,16 +572,20 @@ def test_a_report_that_is_in_sample_partial_or_negative_says_so_in_the_card(tmp_
     assert "<strong>In-sample" in html and "<strong>Partial" in html
 
 
-HOSTILE = "`x` ``` ---\n---\nlicense: evil\n# Heading\n<script>alert(1)</script> [a](javascript:x) ![b](x) |a| *b* <!-- \\ \u202e 🦓 '\""
+HOSTILE = [
+    "`x` ``` ---\n---\nlicense: evil\n# Heading\n<script>alert(1)</script> [a](javascript:x) ![b](x) |a| *b* <!-- \\ "
+    "\u202e 🦓 '\"",
+    "one ` <script>alert(1)</script> <!-- [a](javascript:x)",
+]
 
 
-def test_names_and_prompts_are_text_in_the_card_whatever_they_hold(tmp_path):
-    pairs = ContrastPairs(HOSTILE, (HOSTILE, "```\n</code>"), ("---", "~~~"))
+@pytest.mark.parametrize("text", HOSTILE, ids=["everything", "one backtick"])
+def test_names_and_prompts_are_text_in_the_card_whatever_they_hold(text, tmp_path):
+    pairs = ContrastPairs(text, (text, "```\n</code>"), ("---", "~~~"))
     known = REFINED | {"prompts_hash": hash_texts([*pairs.positive, *pairs.negative])}
-    hostile = replace(MOVED, name=HOSTILE, model=replace(TARGET, name=HOSTILE), provenance=CARRIED | {"refined": known})
-    report = transfer(HOSTILE, target=HOSTILE, metric=HOSTILE)
-    arms = {HOSTILE: {HOSTILE: report.arms["base"]["token_accuracy"]}}
-    report = replace(report, arms=arms, failures={HOSTILE: "x"})
+    hostile = replace(MOVED, name=text, model=replace(TARGET, name=text), provenance=CARRIED | {"refined": known})
+    report = transfer(text, target=text, metric=text)
+    report = replace(report, arms={text: {text: report.arms["base"]["token_accuracy"]}}, failures={text: "x"})
     data, html = rendered(Path(push(hostile, tmp_path / "a", report=report, examples=pairs)))
     _, plain = rendered(Path(push(MOVED, tmp_path / "b", report=transfer(), examples=PAIRS)))
     assert set(data.to_dict()) == {"library_name", "tags", "base_model"}
@@ -592,14 +596,17 @@ def test_names_and_prompts_are_text_in_the_card_whatever_they_hold(tmp_path):
     [shown] = re.findall(r"```json\n(.*?)\n```", card, re.S)
     assert json.loads(shown) == {"with the concept": list(pairs.positive), "without it": list(pairs.negative)}
     [code] = re.findall(r"```python\n(.*?)\n```", card, re.S)
-    names = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-    assert f"./{HOSTILE}" in names
+    assert f"./{text}" in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert not set("<>`") & set(shown + code)
 
 
 def test_the_report_has_to_be_of_what_is_pushed(tmp_path):
     whole = {"targets": {"big": {"anger": transfer().to_dict(), "joy": transfer("joy").to_dict()}}}
     models = {"source": SOURCE.to_dict(), "big": TARGET.to_dict()}
-    assert [s["concept"] for s in pull_scores(push(MOVED, tmp_path / "a", report=whole))] == ["anger"]
+    [score] = pull_scores(push(MOVED, tmp_path / "a", report=whole))
+    told = json.loads(json.dumps(transfer().to_dict()))
+    assert {name: told[name] for name in score} == score
+    assert not {"items", "prompts", "texts", "groups", "leaks", "task", "failures"} & set(score)
     assert [s["concept"] for s in pull_scores(push(layer_maps(), tmp_path / "b", report=whole))] == ["anger", "joy"]
     assert pull_scores(push(MOVED, tmp_path / "c", report=whole | {"models": models}))
     for report in (
