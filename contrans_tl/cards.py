@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from contrans_tl.evaluation import NULLS
@@ -87,7 +88,7 @@ def models_of(kind: str, about: Mapping[str, Any]) -> dict[str, ModelId]:
     elif kind == "layer maps":
         found = {side: about[side]["model"] for side in ("source", "target")}
     else:
-        origins = [step["carried_from"] for step in steps_of(about["provenance"]) if "carried_from" in step]
+        origins = [step["carried_from"] for step in steps_of(about["provenance"]) if _is_carried(step)]
         found = {"model": about["model"]} | ({"source": origins[0]} if origins else {})
     return {role: ModelId(**model) for role, model in found.items()}
 
@@ -101,6 +102,11 @@ def steps_of(provenance: Any) -> Iterable[Mapping[str, Any]]:
     elif isinstance(provenance, (list, tuple)):
         for one in provenance:
             yield from steps_of(one)
+
+
+def _is_carried(step: Mapping[str, Any]) -> bool:
+    origin = step.get("carried_from")
+    return isinstance(origin, Mapping) and set(origin) == {field.name for field in fields(ModelId)}
 
 
 def on_the_hub(model: ModelId) -> bool:
@@ -131,9 +137,7 @@ def _title(kind: str, about: Mapping[str, Any], models: Mapping[str, ModelId]) -
 def _summary(kind: str) -> str:
     if "maps" in kind:
         between = "the attention heads" if kind == "head maps" else "the residual streams"
-        return (
-            f"Affine maps between {between} of two language models, along which a concept of the one is carried to the other."
-        )
+        return f"Affine maps between {between} of two language models, along which a concept of the one goes over to the other."
     place = "what attention heads gather" if kind == "head vectors" else "the residual stream"
     return f"Vectors that steer a language model: added to {place} while it runs, they bring the concept about."
 
@@ -161,14 +165,12 @@ def _home(kind: str, about: Mapping[str, Any], models: Mapping[str, ModelId]) ->
         source, target = (_code(_listed(about["heads"][f"{side}_heads"])) for side in ("source", "target"))
         how = "From all of the source heads together" if about["heads"]["pooled"] else "From each of the source heads"
         places = f"{how}, {source}, to each of the target heads {target}. {_HEADS}"
-    unknown = [model for model in models.values() if not on_the_hub(model)]
-    local = (
-        "\n\nA model without a revision was loaded from a folder: only its fingerprint tells whether another one is the same."
-        if unknown
-        else ""
-    )
-    belong = "With any other model or basis it is refused."
-    return "\n".join(rows) + f"\n\n{places} {belong}{local}"
+    said = [f"{places} With any other model or basis it is refused."]
+    if not all(map(on_the_hub, models.values())):
+        said.append(
+            "A model without a revision came from a folder: only its fingerprint tells whether another one is the same."
+        )
+    return "\n\n".join(["\n".join(rows), *said])
 
 
 def _made(kind: str, about: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
@@ -187,7 +189,7 @@ def _made(kind: str, about: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
 
 def _step(step: Mapping[str, Any]) -> str:
     """A step of a concept's making, in a sentence; empty for one that is not known."""
-    if "carried_from" in step:
+    if _is_carried(step):
         return _carried(step)
     if "sum" in step:
         return "It is the sum of the concepts that the following steps made."
@@ -204,7 +206,7 @@ def _step(step: Mapping[str, Any]) -> str:
 
 
 def _carried(step: Mapping[str, Any]) -> str:
-    said = f"Carried from {_code(step['carried_from'].get('name'))}"
+    said = f"Carried from {_code(step['carried_from']['name'])}"
     if "layers" in step:
         said += f", layers {_code(', '.join(f'{s} to {t}' for s, t in step['layers']))}"
     if "method" in step:
@@ -336,7 +338,7 @@ def _limitations(kind: str, about: Mapping[str, Any], scores: Sequence[Mapping[s
             "The file holds activations of the corpus, a row for every place the maps were fitted on, and no text. Activations "
             "can tell something of the text they come from: do not publish those of a text that must stay private."
         )
-    carried = [step for step in steps_of(about["provenance"]) if "carried_from" in step]
+    carried = [step for step in steps_of(about["provenance"]) if _is_carried(step)]
     foreseen = [said for step in carried for said in _covered(step)]
     if not carried:
         keys = ("layer_source", "layer_target", "coverage", "presence")

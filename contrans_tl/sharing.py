@@ -19,6 +19,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,8 +260,9 @@ def _manifest(kind: str, header: Mapping[str, Any], sizes: Mapping[str, int]) ->
     if "maps" in kind:
         manifest |= {"basis": models["target"]["basis"], "method": header["method"], "rows": header["rows"]}
         manifest |= {"n_rows": sizes["rows"], "n_sentences": sizes["sentences"], "corpus_hash": header["texts_hash"]}
-        manifest |= header["heads"] if kind == "head maps" else {f"{side}_layers": header[side]["layers"] for side in models}
-        return {key: value for key, value in manifest.items() if key not in ("source", "target")}
+        if kind == "head maps":
+            return manifest | {key: header["heads"][key] for key in ("source_heads", "target_heads", "pooled")}
+        return manifest | {f"{side}_layers": header[side]["layers"] for side in models}
     steps = list(steps_of(header["provenance"]))
     manifest |= {"name": header["name"], "basis": models["model"]["basis"]}
     manifest |= {places: header[places] for places in ("layers", "heads") if places in header}
@@ -364,8 +366,6 @@ def _checked(folder: Path, source: str) -> dict[str, Any]:
         if found == expected:
             continue
         if name == CARD:
-            import warnings
-
             warnings.warn(f"{CARD} of {source!r} is not the card that was pushed: somebody edited it.", stacklevel=4)
         elif found["size"] != expected["size"]:
             raise ValueError(f"{name} of {source!r} has {found['size']} bytes, {MANIFEST} says {expected['size']}: {again}.")

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import TEXTS, unchecked
 from hub import Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitInfo, ModelCard, ModelInfo
+from huggingface_hub.hf_api import RepoSibling
 from markdown_it import MarkdownIt
 from test_report import RATES, transfer
 
@@ -257,6 +258,11 @@ def test_a_repository_or_folder_that_holds_other_things_is_left_alone(hub, tmp_p
     assert (tmp_path / CARD).read_text() == "my project"
     with pytest.raises(ValueError, match="is a file"):
         push(MOVED, tmp_path / CARD)
+
+
+def test_the_stand_ins_answers_have_the_names_of_the_real_ones():
+    for real, name in ((CommitInfo, "commit_url"), (ModelInfo, "private"), (ModelInfo, "siblings"), (RepoSibling, "rfilename")):
+        assert name in {field.name for field in fields(real)}
 
 
 def test_of_a_repository_only_files_of_a_share_are_downloaded(hub, tmp_path):
@@ -560,8 +566,9 @@ def test_the_card_says_where_it_lives_how_it_was_made_and_what_was_measured(tmp_
     assert "30 rows of 30 sentences" in html and "affine-map" in data.tags and "do not publish those of a text" in html
     _, html = rendered(Path(push(REFINED_CONCEPT + 0.5 * REFINED_CONCEPT, tmp_path / "d")))
     assert "sum of the concepts" in html and "multiplied by 0.5" in html and html.count("Refined by") == 2
-    _, html = rendered(Path(push(replace(MOVED, provenance={}), tmp_path / "e")))
-    assert "How it was made is not recorded" in html
+    for number, unknown in enumerate(({}, {"carried_from": "somewhere"}, {"made": ["by", "hand"]})):
+        _, html = rendered(Path(push(replace(MOVED, provenance=unknown), tmp_path / f"e{number}")))
+        assert "How it was made is not recorded" in html and "this file does not tell" in html
 
 
 def test_a_report_that_is_in_sample_partial_or_negative_says_so_in_the_card(tmp_path):
