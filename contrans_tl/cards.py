@@ -59,7 +59,7 @@ def card(
     Args:
         kind: `concept vector`, `head vectors`, `layer maps` or `head maps`.
         about: header of the file; what must not be told is out of it already (`redaction`).
-        sizes: of maps, `rows` and `sentences` they were fitted on.
+        sizes: of maps, how many `rows` and `sentences` they were fitted on, and how many rows are `weighted`.
         where: what `pull` is told: a hub repository, or a folder as in "./anger".
         scores: what was measured (`sharing.scores_of`); none: the card says "Not evaluated".
         examples: side -> prompts that are printed; nothing prints none.
@@ -179,6 +179,7 @@ def _made(kind: str, about: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     ridges = about.get("ridges")
     ridge = f" Ridge {_numbers(ridges)} of the mean eigenvalue, by source layer." if ridges else ""
     limits = [f"rank {_number(rank)}" for rank in [about.get("fixed_rank")] if rank is not None]
+    limits += ["each row weighted by what it says of a concept"] if sizes["weighted"] else []
     limits += ["source dimensions scaled to equal variance"] if about.get("standardise") else []
     return (
         f"Fitted by {_code(about['method'])}{''.join(f', {limit}' for limit in limits)}, on {sizes['rows']} rows of "

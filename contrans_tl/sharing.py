@@ -246,7 +246,10 @@ def _write(
     artifacts.save(file, kind, tensors, header)
     if scores:
         artifacts.write_json(folder / SCORES, scores)
-    sizes = {"rows": len(tensors["source"]), "sentences": len(tensors["sentence"].unique())} if "maps" in kind else {}
+    sizes = {}
+    if "maps" in kind:
+        sizes = {"rows": len(tensors["source"]), "sentences": len(tensors["sentence"].unique())}
+        sizes["weighted"] = sizes["rows"] * ("weights" in tensors)
     text = card(kind, header, sizes, where, scores=scores, examples=redacted(shown))
     artifacts.write_atomically(folder / CARD, text.encode())
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}

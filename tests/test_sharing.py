@@ -563,7 +563,14 @@ def test_the_card_says_where_it_lives_how_it_was_made_and_what_was_measured(tmp_
     _, html = rendered(Path(push(MOVED, tmp_path / "b")))
     assert "Not evaluated" in html and "not looked for" in html
     data, html = rendered(Path(push(layer_maps(), tmp_path / "c")))
-    assert "30 rows of 30 sentences" in html and "affine-map" in data.tags and "do not publish those of a text" in html
+    assert (
+        "30 rows of 30 sentences" in html
+        and "weighted" not in html
+        and "affine-map" in data.tags
+        and "do not publish those of a text" in html
+    )
+    _, html = rendered(Path(push(layer_maps().reweighted(REFINED_CONCEPT), tmp_path / "w")))
+    assert "each row weighted by what it says of a concept" in html
     _, html = rendered(Path(push(REFINED_CONCEPT + 0.5 * REFINED_CONCEPT, tmp_path / "d")))
     assert "sum of the concepts" in html and "multiplied by 0.5" in html and html.count("Refined by") == 2
     for number, unknown in enumerate(({}, {"carried_from": "somewhere"}, {"made": ["by", "hand"]})):
