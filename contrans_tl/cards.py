@@ -190,11 +190,16 @@ def _made(kind: str, about: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
 
 def _step(step: Mapping[str, Any]) -> str:
     """A step of a concept's making, in a sentence; empty for one that is not known."""
+    read = f"Read from {_code(step['read_from'])}. " if "read_from" in step else ""
+    return (read + _done(step)).strip()
+
+
+def _done(step: Mapping[str, Any]) -> str:
     if _is_carried(step):
         return _carried(step)
     if "sum" in step:
         return "It is the sum of the concepts that the following steps made."
-    if "factor" in step:
+    if isinstance(step.get("factor"), (int, float)):
         return f"It was multiplied by {_number(step['factor'])}."
     if {"method", "positive", "negative"} <= set(step):
         pairs = f", hash {_code(step['prompts_hash'])}" if "prompts_hash" in step else ""
@@ -218,7 +223,8 @@ def _carried(step: Mapping[str, Any]) -> str:
     if "n_rows" in step:
         said += f", on {_number(step['n_rows'])} rows {_ROWS.get(str(step.get('rows')), '')}"
     effective = f" They count as {_numbers(step['effective_rows'])} rows of equal weight." if "effective_rows" in step else ""
-    return f"{said}, corpus {_code(step.get('texts_hash'))} (a hash of its texts).{effective}"
+    corpus = f", corpus {_code(step['texts_hash'])} (a hash of its texts)" if "texts_hash" in step else ""
+    return f"{said}{corpus}.{effective}"
 
 
 def _scores(scores: Sequence[Mapping[str, Any]]) -> str:

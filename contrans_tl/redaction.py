@@ -19,7 +19,11 @@ _TOKEN = re.compile(
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
     r"|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
-_ROOT = r"(?:(?:file|ssh|sftp|scp|smb|nfs)://+|[\w.-]+@[\w.-]+:(?=[/~])|~(?:[A-Za-z_][\w.-]*)?/|\.{1,2}/|(?:(?<!:)/+|/)(?![/\s])|\\\\|[A-Za-z]:[\\/](?!/))"
+_ROOT = (
+    r"(?:(?:file|ssh|sftp|scp|smb|nfs)://+|[\w.-]+@[\w.-]+:(?=[/~])"  # at a host
+    r"|~(?:[A-Za-z_][\w.-]*)?/|\.{1,2}/|(?:(?<!:)/+|/)(?![/\s])"
+    r"|\\\\|[A-Za-z]:[\\/](?!/))"  # on Windows
+)
 _WHOLE = re.compile(rf"^[ \t]*{_ROOT}\S.*$|^[\w.-]+(?:/[\w.-]+){{2,}}$", re.MULTILINE)
 """A line that is a path: from a root, or of more parts than a hub id has."""
 _WITHIN = re.compile(

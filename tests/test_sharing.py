@@ -573,6 +573,14 @@ def test_the_card_says_where_it_lives_how_it_was_made_and_what_was_measured(tmp_
     assert "each row weighted by what it says of a concept" in html
     _, html = rendered(Path(push(REFINED_CONCEPT + 0.5 * REFINED_CONCEPT, tmp_path / "d")))
     assert "sum of the concepts" in html and "multiplied by 0.5" in html and html.count("Refined by") == 2
+    arrived = {
+        "read_from": "gguf",
+        "factor": 1.5,
+        "of": {"carried_from": SOURCE.to_dict(), "layers": [[2, 3]], "method": "paper"},
+    }
+    _, html = rendered(Path(push(replace(MOVED, provenance=arrived), tmp_path / "g")))
+    assert "Read from <code>gguf</code>. It was multiplied by 1.5" in html
+    assert "layers <code>2 to 3</code>, through maps fitted by <code>paper</code>.</p>" in html
     for number, unknown in enumerate(({}, {"carried_from": "somewhere"}, {"made": ["by", "hand"]})):
         _, html = rendered(Path(push(replace(MOVED, provenance=unknown), tmp_path / f"e{number}")))
         assert "How it was made is not recorded" in html and "this file does not tell" in html
