@@ -21,11 +21,11 @@ vouches that they are block outputs of it.
 import io
 import json
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
@@ -191,7 +191,7 @@ def _read_safetensors(path: Path) -> tuple[Any, Told]:
 def _read_torch(path: Path) -> tuple[Any, Told]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path.name!r} is truncated, no file of torch's, or holds more than tensors, which is not unpickled."
         ) from error
