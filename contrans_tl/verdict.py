@@ -13,8 +13,8 @@ It is near 1 / sqrt((1 - coverage) * share of the rows that show the concept), a
 with rows that occur twice. Coverage alone cannot tell a few rows that speak of the concept from many that brush it.
 
 Thresholds were set on the six emotions of the embedded pair (`data/studies/prediction.py`: three training seeds, two targets,
-twelve corpora; many more rows than dimensions): other kinds of concepts, and other models, may need others. They are for text as
-it comes, in which few rows show a concept. In a small corpus of sentences chosen for it (`select_sentences`) most rows do, and
+twelve corpora; many more rows than dimensions): other kinds of concepts, and other models, may need others. They are for text
+as it comes: few rows show a concept. In a small corpus of sentences chosen for it (`select_sentences`) most rows do, and
 presence falls though coverage rises and more is carried: judge the pool that they are chosen from. No verdict replaces
 `evaluate`.
 """
