@@ -14,7 +14,7 @@ reaches the skip connection; write at `resid_post` instead.
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -237,17 +237,31 @@ def _is_remote(model: HookedModel) -> bool:
     return isinstance(model, RemoteBridge)
 
 
-def _fingerprint(model: HookedModel, samples: int = 512) -> str:
+SAMPLES = 512
+"""Entries of a weight, at least, that its share of a fingerprint is taken from."""
+
+
+def sampled(entries: int) -> range:
+    """Which entries of a weight of so many, flattened, its fingerprint looks at."""
+    return range(0, entries, max(1, entries // SAMPLES))
+
+
+def fingerprint(weights: Iterable[tuple[Sequence[int], Float[Tensor, " sample"]]]) -> str:
+    """Hash over weights, each given as its shape and its `sampled` entries; in any order, and however often one is listed."""
     # 3.9 and 4.x differ in whether a tied or split weight is listed twice, and a bias of zeros at all: hence a set, and
     # nothing constant in it.
     digests = set()
-    for weight in model.parameters():
-        flat = weight.detach().flatten()
-        values = flat[:: max(1, flat.numel() // samples)].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+    for shape, samples in weights:
+        values = samples.to(torch.bfloat16).view(torch.int16).cpu().numpy()
         if (values == values[0]).all():
             continue
-        digests.add(hashlib.sha256(f"{tuple(weight.shape)}".encode() + values.tobytes()).hexdigest())
+        digests.add(hashlib.sha256(f"{tuple(shape)}".encode() + values.tobytes()).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+
+
+def _fingerprint(model: HookedModel) -> str:
+    weights = ((weight.shape, weight.detach().flatten()) for weight in model.parameters())
+    return fingerprint((shape, flat[:: sampled(len(flat)).step]) for shape, flat in weights)
 
 
 def _basis(model: HookedModel) -> Basis:
