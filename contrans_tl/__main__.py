@@ -461,6 +461,31 @@ def pull(
     typer.echo(f"{found}\n{found.save(out)}")
 
 
+@app.command()
+def export(
+    concept: Annotated[Path, typer.Argument(help="What `refine` or `reformulate` wrote.")],
+    target: Annotated[str, typer.Argument(help="Hub id or folder of the model that the concept lives in.")],
+    out: Annotated[Path, typer.Option("--out", help="What to write; must not exist.")],
+    strength: Annotated[float, typer.Option(help="Of the transplant.")] = 1.0,
+    layers: Annotated[str | None, typer.Option(help="As in 3,4; not needed for a concept at one layer.")] = None,
+    format: Annotated[str, typer.Option(help="hf: a Hugging Face folder with the transplant in its weights.")] = "hf",
+    positions: Annotated[str, typer.Option(help="all; weights know no others.")] = "all",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """A transplant as something that other programs serve, without hooks."""
+    _quiet()
+    from contrans_tl.export import FORMATS, read_concept
+
+    if format not in FORMATS:
+        raise ValueError(f"expected --format among {', '.join(FORMATS)}; got {format!r}.")
+    try:
+        chosen = None if layers is None else [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise ValueError(f"expected --layers as in 3,4; got {layers!r}.") from None
+    options: dict[str, Any] = {"strength": strength, "layers": chosen, "positions": positions, "revision": revision}
+    typer.echo(FORMATS[format](read_concept(concept), target, out, **options))
+
+
 def _finish(work: Callable[[], Any], out: Path) -> None:
     """Do the work and leave its report, with the command line in it; also, saying so, if it is interrupted."""
     from dataclasses import replace

@@ -114,8 +114,13 @@ def save_word_tokenizer(folder: Path) -> Any:
 
 def random_model(architecture: str, seed: int = 0) -> Any:
     """A Hugging Face model in which no norm weight is 1 and no bias 0."""
+    return random_weights(CONFIGS[architecture](), seed)
+
+
+def random_weights(config: Any, seed: int = 0) -> Any:
+    """The same, of any configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    model = AutoModelForCausalLM.from_config(config)
     for weight in model.parameters():
         weight.data.add_(torch.randn_like(weight) * (0.2 if weight.ndim == 1 else 0.1))
     return model.eval()

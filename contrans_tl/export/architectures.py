@@ -13,13 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
-INSTEAD = (
-    "Use transplant(...), which writes with hooks, or another --format of `contrans export`: those hold the vector, not the weights"
-)
+INSTEAD = "Use transplant(...), which writes with hooks, or another --format of `contrans export`: those hold the vector alone"
+"""What else can be done where a model has no such bias."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ def architecture_of(written: Mapping[str, Any]) -> Architecture:
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(
-            f"a {kind} block has no bias that its configuration can switch on at the end of what it adds to the stream, or none "
-            f"that is known here (expected {known}). {INSTEAD}."
+            f"what a {kind} block adds to the stream does not end in a bias that config.json can switch on, or in none that is "
+            f"known here (expected {known}). {INSTEAD}."
         )
     found = ARCHITECTURES[kind]
     if names and list(names) != [found.name]:
@@ -89,7 +87,9 @@ def architecture_of(written: Mapping[str, Any]) -> Architecture:
     if "auto_map" in written:
         raise ValueError(f"config.json asks for code of its own (auto_map): what that computes is not known here. {INSTEAD}.")
     if "quantization_config" in written or "compression_config" in written:
-        raise ValueError(f"these weights are quantised; a bias is added to weights as they were trained. Export those. {INSTEAD}.")
+        raise ValueError(
+            f"these weights are quantised; a bias is added to weights as they were trained. Export those. {INSTEAD}."
+        )
     if kind == "opt" and not written.get("do_layer_norm_before", True):
         raise ValueError(f"this OPT normalises after its blocks (do_layer_norm_before=false), bias and all. {INSTEAD}.")
     return found
@@ -112,8 +112,8 @@ def exported_config(architecture: Architecture, written: Mapping[str, Any], conf
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
     if window is not None or kinds:
         raise ValueError(
-            f"{architecture.name} has no bias to switch on. Without a sliding window it could be written as a Llama; this one has "
-            f"a window of {window} tokens. {INSTEAD}."
+            f"{architecture.name} has no bias to switch on, and with a sliding window ({window} tokens) it is no Llama by "
+            f"another name. {INSTEAD}."
         )
     own = {key: value for key, value in written.items() if key not in _WINDOW}
     given = {key: getattr(config, key) for key in _SAME if getattr(config, key, None) is not None}
@@ -137,7 +137,7 @@ def _check_same(architecture: Architecture, config: Any, as_llama: Mapping[str, 
 
 
 def split(kind: str, name: str, weight: Tensor, heads: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """The queries', keys' and values' parts of a parameter that holds all three, which TransformerLens's bridge lists beside it.
+    """The parts for queries, keys and values of a parameter that holds all three; a bridge of TransformerLens lists them too.
 
     Args:
         kind: `model_type`.

@@ -66,7 +66,9 @@ class ModelFolder:
         """
         path, name, commit = _fetch(os.fspath(target), revision)
         if (path / "adapter_config.json").exists():
-            raise ValueError(f"{name} holds an adapter (adapter_config.json): merge it into its model, then export that. {INSTEAD}.")
+            raise ValueError(
+                f"{name} holds an adapter (adapter_config.json): merge it into its model, then export that. {INSTEAD}."
+            )
         written = _read_json(path / "config.json")
         architecture = architecture_of(written)
         from transformers import AutoConfig
@@ -108,7 +110,7 @@ class ModelFolder:
     def parameter(self, name: str) -> Stored | None:
         """Where a parameter is stored; None where it is not."""
         prefix = f"{self._skeleton.base_model_prefix}."
-        names = name, name.removeprefix(prefix), HEADS.get(name), {head: now for now, head in HEADS.items()}.get(name)
+        names = name, name.removeprefix(prefix), HEADS.get(name, name)
         return next((self.stored[known] for known in names if known in self.stored), None)
 
     def name_beside(self, bias: str) -> tuple[str, Stored]:
@@ -121,9 +123,11 @@ class ModelFolder:
         for name, shape in self.shapes.items():
             found = self.parameter(name)
             if found is None:
-                raise ValueError(f"expected the weights of {self.name} to have {name}; there is none in {', '.join(self.shards)}.")
+                raise ValueError(
+                    f"expected the weights of {self.name} to have {name}; there is none in {', '.join(self.shards)}."
+                )
             if found.dtype not in DTYPES:
-                raise ValueError(f"{name} is stored as {found.dtype}: these weights are quantised; export those of before. {INSTEAD}.")
+                raise ValueError(f"{name} is stored as {found.dtype}, quantised: export what it was made from. {INSTEAD}.")
             if found.shape != shape:
                 raise ValueError(f"expected {name} of shape {shape}, as config.json says; it is stored as {found.shape}.")
 
