@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from contrans_tl.evaluation import evaluate as evaluate
     from contrans_tl.exchange import read_exchange as read_exchange
     from contrans_tl.exchange import write_exchange as write_exchange
+    from contrans_tl.export import export_folder as export_folder
     from contrans_tl.formats import ToxigenTask as ToxigenTask
     from contrans_tl.formats import emotion_concepts as emotion_concepts
     from contrans_tl.formats import persona_pairs as persona_pairs
@@ -95,6 +96,7 @@ _HOME = {
         "evaluate",
     ),
     "exchange": ("read_exchange", "write_exchange"),
+    "export": ("export_folder",),
     "formats": (
         "ToxigenTask",
         "emotion_concepts",

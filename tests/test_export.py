@@ -17,9 +17,9 @@ from conftest import CONFIGS, D_MODEL, N_CTX, N_LAYERS, TEXTS, VOCAB, random_wei
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
-from contrans_tl import ConceptVector, HeadVectors, identify, load_model, transplant
+from contrans_tl import ConceptVector, HeadVectors, export_folder, identify, load_model, transplant
 from contrans_tl.__main__ import main
-from contrans_tl.export import ModelFolder, export_folder, read_concept
+from contrans_tl.export import ModelFolder, read_concept
 from contrans_tl.export import folder as folder_module
 from contrans_tl.export.card import steered_card, without_paths
 from contrans_tl.export.weights import read_header
@@ -248,6 +248,15 @@ def test_files_without_a_steered_map_are_the_same_and_the_index_fits(sharded, tm
     same = [file.name for file in folder.glob("*.safetensors") if file.read_bytes() == (out / file.name).read_bytes()]
     assert len(same) == 2
     assert not any(".mlp." in name for file in same for name in read_header(out / file))
+
+
+def test_a_configuration_that_names_no_class_gains_its_name_as_other_engines_need_it(targets, hooked, tmp_path):
+    folder = shutil.copytree(targets["gpt2"], tmp_path / "in")
+    written = json.loads((folder / "config.json").read_text())
+    named = written.pop("architectures")
+    (folder / "config.json").write_text(json.dumps(written))
+    export_folder(concept(hooked["gpt2"], 1), folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == written | {"architectures": named}
 
 
 def test_a_files_own_metadata_stay(targets, tmp_path):
@@ -480,6 +489,17 @@ def test_an_empty_folder_is_filled_and_an_interrupted_export_leaves_nothing(shar
     export_folder(v, sharded["gpt2"], tmp_path / "out")
     assert (tmp_path / "out/contrans.json").exists()
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_finished_folder_that_cannot_get_its_name_is_kept_and_named(targets, hooked, tmp_path, monkeypatch):
+    def refuse(*paths: Any) -> None:
+        raise PermissionError("no")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"complete in .*\.out\..*could not be renamed"):
+        patched.setattr(folder_module.os, "replace", lambda a, b: refuse() if ".out." in Path(a).name else os.rename(a, b))
+        export_folder(concept(hooked["gpt2"], 1), targets["gpt2"], tmp_path / "out")
+    (kept,) = tmp_path.iterdir()
+    assert load_model(kept, device="cpu").cfg.n_layers == N_LAYERS
 
 
 def test_a_copy_that_does_not_read_as_written_is_an_error(targets, hooked, tmp_path, monkeypatch):

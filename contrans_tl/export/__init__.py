@@ -2,7 +2,8 @@
 
     h^l <- h^l + strength * v^l    at every token    is a bias of the last linear map of block l
 
-    from contrans_tl.export import export_folder
+    from contrans_tl import export_folder
+
     export_folder(moved, "EleutherAI/pythia-410m", "pythia-anger", strength=2.0)
 
 writes an ordinary Hugging Face folder, to be opened by whatever opens the target. The logits are those of `transplant`, up to

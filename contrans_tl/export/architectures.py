@@ -107,6 +107,8 @@ def exported_config(architecture: Architecture, written: Mapping[str, Any], conf
     """
     if not architecture.is_llama:
         changes = {key: value for key, value in architecture.switch.items() if getattr(config, key) != value}
+        if not written.get("architectures"):  # which transformers does without, and other engines do not
+            changes["architectures"] = [architecture.name]
         return {**written, **changes} if changes else None
     window = getattr(config, "sliding_window", None)
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}

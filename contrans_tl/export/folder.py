@@ -172,19 +172,19 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 
 def _plan(source: ModelFolder, vectors: Mapping[int, Float[Tensor, " d_model"]]) -> _Plan:
-    from transformers import CONFIG_MAPPING
-
+    """What to change and to add. Which parameters a configuration has, transformers itself tells."""
     biases = {source.architecture.bias(layer): x for layer, x in vectors.items()}
     config = exported_config(source.architecture, source.written, source.config)
     after = source.shapes
     if config is not None:
+        from transformers import CONFIG_MAPPING
+
         model = skeleton(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
         after = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     missing = {**source.shapes, **biases}.keys() - after.keys()
     if missing or not all(name.endswith(".bias") for name in after.keys() - source.shapes.keys()):
-        raise ValueError(
-            f"the configuration of {source.name} cannot be given biases ({', '.join(sorted(missing))}). {INSTEAD}."
-        )
+        what = ", ".join(sorted(missing)) or "biases alone"
+        raise ValueError(f"no configuration of {source.name} has {what}. {INSTEAD}.")
     plan = _Plan(config, tuple(biases))
     for name, shape in after.items():
         stored = source.parameter(name)
@@ -266,7 +266,7 @@ def _check_tokenizer(before: Path, after: Path) -> None:
 def _write_card(source: ModelFolder, plan: _Plan, folder: Path, content: Mapping[str, Any]) -> None:
     card = source.path / CARD
     text = card.read_bytes().decode("utf-8", "surrogateescape") if card.is_file() else ""
-    text = steered_card(text, content, hub_id=source.name if source.revision else None, switched=plan.config is not None)
+    text = steered_card(text, content, hub_id=source.name if source.revision else None, switched=bool(plan.added))
     (folder / CARD).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
