@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, D_MODEL, N_CTX, N_LAYERS, TEXTS, VOCAB, random_weights, save_tokenizer
+from conftest import CONFIGS, D_MODEL, N_CTX, N_LAYERS, TEXTS, VOCAB, random_weights, save_tokenizer, unchecked
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
@@ -440,6 +440,7 @@ def test_a_concept_that_cannot_be_a_bias_is_refused(targets, hooked, tmp_path, m
     refused = [
         (heads, {}, r"added to single heads.*transplant\(\.\.\., heads="),
         (v, {"positions": "generated"}, "not only at 'generated': use transplant"),
+        (v, {"positions": "first"}, "expected positions all, prompt"),
         (replace(v, model=replace(home, basis="centred")), {}, "lives in the centred basis"),
         (replace(v, model=replace(home, fingerprint="0" * 16, name="other")), {}, "reformulate it first"),
         (v, {"strength": float("nan")}, "finite strength"),
@@ -450,7 +451,7 @@ def test_a_concept_that_cannot_be_a_bias_is_refused(targets, hooked, tmp_path, m
         (concept(hooked["llama"], 7), {}, "between 0 and 2; got"),
     ]
     for refusable, options, reason in refused:
-        with pytest.raises(ValueError, match=reason):
+        with unchecked(), pytest.raises(ValueError, match=reason):
             export_folder(refusable, folder, out, **options)
     assert not list(tmp_path.iterdir())
 

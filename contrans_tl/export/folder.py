@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -98,7 +98,7 @@ def export_folder(
         OSError: a hub id that cannot be fetched, a disk that cannot be written. Nothing is left under the name of `out`.
     """
     vector = _residual(concept, positions)
-    steps = injections(vector, strength=strength, layers=layers)
+    steps = injections(vector, strength=strength, layers=layers, positions=positions)
     folder = _free(Path(out))
     source = ModelFolder.open(target, revision)
     if source.path.resolve() in (folder, *folder.parents):
@@ -132,7 +132,7 @@ def _residual(concept: Concept, positions: Positions) -> ConceptVector:
             f"{concept.name!r} is added to single heads, before W_O; the blocks' last linear map has no place for that. "
             "Use transplant(..., heads=...), which writes with hooks, or refine the concept in the residual stream."
         )
-    if positions != "all":
+    if positions != "all" and positions in get_args(Positions):
         raise ValueError(
             f"a bias is added at all positions, not only at {positions!r}: use transplant(..., positions={positions!r})."
         )
