@@ -21,6 +21,7 @@ from contrans_tl import ConceptVector, HeadVectors, export_folder, identify, loa
 from contrans_tl.__main__ import main
 from contrans_tl.export import ModelFolder, read_concept
 from contrans_tl.export import folder as folder_module
+from contrans_tl.export.architectures import ARCHITECTURES, exported_config
 from contrans_tl.export.card import steered_card, without_paths
 from contrans_tl.export.weights import read_header
 
@@ -159,6 +160,20 @@ def test_plain_transformers_gives_the_hooked_models_logits_and_words(targets, ho
 def test_mistral_and_qwen2_are_written_as_llamas(alone):
     llamas = {name for name, answer in alone.items() if answer["class"] == "LlamaForCausalLM"}
     assert llamas == {"llama", "llama-biases", "mistral", "qwen2"}
+
+
+@pytest.mark.parametrize("said", [{}, {"rope_theta": 1e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}])
+@pytest.mark.parametrize(("kind", "config"), [("mistral", MistralConfig), ("qwen2", Qwen2Config)])
+def test_a_llama_is_told_what_mistral_and_qwen2_leave_to_their_own_defaults(kind, config, said):
+    written = {"model_type": kind, "sliding_window": None, "bos_token_id": 7, **said}
+    theirs = config.from_dict(dict(written))
+    as_llama = exported_config(ARCHITECTURES[kind], written, theirs)
+    ours = LlamaConfig.from_dict(dict(as_llama))
+    for key in ("max_position_embeddings", "intermediate_size", "num_key_value_heads", "rope_parameters", "bos_token_id"):
+        assert getattr(ours, key) == getattr(theirs, key)
+    assert ours.rope_parameters["rope_theta"] == (1e6 if said else 1e4)
+    assert (ours.mlp_bias, ours.attention_bias) == (True, kind == "qwen2")
+    assert as_llama.keys() & {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"} == set()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

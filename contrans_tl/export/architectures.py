@@ -118,7 +118,7 @@ def exported_config(architecture: Architecture, written: Mapping[str, Any], conf
             f"another name. {INSTEAD}."
         )
     own = {key: value for key, value in written.items() if key not in _WINDOW}
-    given = {key: getattr(config, key) for key in _SAME if getattr(config, key, None) is not None}
+    given = {key: getattr(config, key) for key in _SAME if hasattr(config, key)}
     if {"rope_theta", "rope_scaling", "rope_parameters"} & set(own):
         given.pop("rope_parameters", None)  # as the file says it, old or new
     as_llama = {**given, **own, **architecture.switch}
