@@ -465,11 +465,16 @@ def pull(
 def export(
     concept: Annotated[Path, typer.Argument(help="What `refine` or `reformulate` wrote.")],
     target: Annotated[str, typer.Argument(help="Hub id or folder of the model that the concept lives in.")],
-    out: Annotated[Path, typer.Option("--out", help="What to write; must not exist.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write, new or empty; a file for the other formats.")],
     strength: Annotated[float, typer.Option(help="Of the transplant.")] = 1.0,
     layers: Annotated[str | None, typer.Option(help="As in 3,4; not needed for a concept at one layer.")] = None,
-    format: Annotated[str, typer.Option(help="hf: a Hugging Face folder with the transplant in its weights.")] = "hf",
-    positions: Annotated[str, typer.Option(help="all; weights know no others.")] = "all",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="hf: a Hugging Face folder with the transplant in its weights; gguf, npy, npz, safetensors, spec: the vector."
+        ),
+    ] = "hf",
+    positions: Annotated[str, typer.Option(help="all, or another of `transplant` in a spec, which alone can say it.")] = "all",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """A transplant as something that other programs serve, without hooks."""

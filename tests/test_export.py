@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, LlamaConfig, MistralConfi
 
 from contrans_tl import ConceptVector, HeadVectors, export_folder, identify, load_model, transplant
 from contrans_tl.__main__ import main
+from contrans_tl.exchange import read_exchange
 from contrans_tl.export import ModelFolder, read_concept
 from contrans_tl.export import folder as folder_module
 from contrans_tl.export.architectures import ARCHITECTURES, exported_config
@@ -631,12 +632,37 @@ def test_the_command_line_exports_a_saved_concept(targets, hooked, tmp_path, cap
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
+def test_the_command_line_writes_the_vector_alone_for_other_tools(hooked, folders, bridges, tmp_path, capsys):
+    v, gemma = concept(hooked["neox"], *LAYERS), concept(bridges["gemma2"], 1)
+    file = str(v.save(tmp_path / "anger.safetensors"))
+    assert (
+        main(["export", file, str(folders["llama"]), "--out", str(tmp_path / "v.npz"), "--format", "npz", "--strength", "2"])
+        == 0
+    )
+    read = read_exchange(tmp_path / "v.npz", model=hooked["neox"])
+    assert (read.layers, (read.vectors - 2 * v.vectors).abs().max()) == (v.layers, 0)
+    # Also of an architecture whose weights cannot hold it.
+    file, call = str(gemma.save(tmp_path / "anger.safetensors")), [str(folders["gemma2"]), "--layers", "1"]
+    assert main(["export", file, *call, "--out", str(tmp_path / "v.json"), "--format", "spec", "--positions", "last"]) == 0
+    assert main(["export", file, *call, "--out", str(tmp_path / "v.npy"), "--format", "npy", "--positions", "last"]) == 2
+    assert main(["export", file, *call, "--out", str(tmp_path / "v.npy"), "--format", "npy", "--strength", "nan"]) == 2
+    assert "what a gemma2 block adds" not in capsys.readouterr().err
+    assert main(["export", file, *call, "--out", str(tmp_path / "v")]) == 2
+    assert "what a gemma2 block adds" in capsys.readouterr().err
+    data = Path(__file__).parents[1] / "data/pair/target-gpt2"
+    assert main(["export", file, str(data), "--out", str(tmp_path / "v.npy"), "--format", "npy"]) == 2
+    assert "target-gpt2 has 5 layers x 160: reformulate it first" in capsys.readouterr().err
+    assert not (tmp_path / "v.npy").exists()
+
+
 def test_the_command_line_refuses_vectors_of_heads_and_files_that_are_no_concept(targets, hooked, tmp_path, capsys):
     home = identify(hooked["llama"])
     heads = HeadVectors(torch.ones(1, 8), ((1, 0),), "anger", home).save(tmp_path / "heads.safetensors")
     call = [str(targets["llama"]), "--out", str(tmp_path / "out")]
     assert main(["export", str(heads), *call]) == 2
     assert "added to single heads" in capsys.readouterr().err
+    assert main(["export", str(heads), *call, "--format", "npy"]) == 2
+    assert "is of single heads, which no npy can say" in capsys.readouterr().err
     assert main(["export", str(targets["llama"] / "model.safetensors"), *call]) == 2
     assert "was not written by contrans_tl" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
