@@ -52,7 +52,7 @@ def export_file(
     if isinstance(concept, HeadVectors):
         raise ValueError(f"{concept.name!r} is of single heads, which no {format} can say: use transplant(..., heads=...).")
     check_model_name(os.fspath(target))
-    config = AutoConfig.from_pretrained(target, revision=revision).get_text_config()
+    config = AutoConfig.from_pretrained(target, revision=revision, trust_remote_code=False).get_text_config()
     if (sizes := (config.num_hidden_layers, config.hidden_size)) != (concept.model.n_layers, concept.model.d_model):
         raise ValueError(
             f"the concept {concept.name!r} lives in {concept.model}; {os.path.basename(target)} has {sizes[0]} layers x "
