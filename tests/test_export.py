@@ -23,7 +23,7 @@ from contrans_tl.exchange import read_exchange
 from contrans_tl.export import ModelFolder, read_concept
 from contrans_tl.export import folder as folder_module
 from contrans_tl.export.architectures import ARCHITECTURES, exported_config
-from contrans_tl.export.card import steered_card, without_paths
+from contrans_tl.export.card import publishable, steered_card
 from contrans_tl.export.weights import read_header
 
 TOLERANCE = 1e-5
@@ -572,24 +572,24 @@ def test_the_folder_tells_what_was_done_without_any_path(targets, hooked, tmp_pa
     assert "model.layers.2.mlp.down_proj.bias" in (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("EleutherAI/pythia-410m", "EleutherAI/pythia-410m"),
-        ("https://arxiv.org/abs/2405.13578", "https://arxiv.org/abs/2405.13578"),
-        ("/home/a b/pairs.json", "pairs.json"),
-        ("~/x/pairs.json", "pairs.json"),
-        ("../pairs.json", "pairs.json"),
-        (r"C:\data\pairs.json", "pairs.json"),
-        ("work/data/pairs.json", "pairs.json"),
-        ("from '/srv/data/pairs.json', once", "from 'pairs.json', once"),
-        ("0.5 * anger", "0.5 * anger"),
-        (Path("/srv/data/pairs.json"), "pairs.json"),
-        (("a", 1, None, True), ["a", 1, None, True]),
-    ],
-)
-def test_of_a_path_only_its_last_part_is_told(text, expected):
-    assert without_paths(text) == expected
+def test_what_is_published_has_no_path_no_text_and_no_token(targets, hooked, tmp_path, monkeypatch):
+    told = {
+        "map": Path("/srv/x/maps.safetensors"),
+        "prompt": "one word " * 20,
+        "layers": ((3, 4),),
+        5: ["a\nb", 0.5, None, True],
+    }
+    assert publishable(told) == {
+        "map": "maps.safetensors",
+        "prompt": "(left out)",
+        "layers": [[3, 4]],
+        "5": ["(left out)", 0.5, None],
+    }
+    assert publishable("EleutherAI/pythia-410m") == "EleutherAI/pythia-410m"
+    monkeypatch.setattr(folder_module, "_whole", lambda folder: pytest.fail("something was written"))
+    leaking = replace(concept(hooked["llama"], 1), provenance={"note": "hf_" + "a" * 30})
+    with pytest.raises(ValueError, match="an access token"):
+        export_folder(leaking, targets["llama"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ prompt is in them.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from contrans_tl.artifacts import versions
+from contrans_tl.redaction import redacted
 from contrans_tl.refinement import ConceptVector
 
 if TYPE_CHECKING:
@@ -22,51 +22,39 @@ ABOUT, CARD = "contrans.json", "README.md"
 FORMAT = 1
 _LONG = 120
 """Characters of a string from which on it is taken for text."""
-_PATH = re.compile(r"(?:(?<=[\s\"'(=:,;])|^)(?:file://|~[^\s/\\]*|\.{1,2}|[A-Za-z]:)?[/\\](?:[^\s\"'/\\]+[/\\])*")
-_WHOLE_PATH = re.compile(r"(?:file://|~[^\s/\\]*|\.{1,2}|[A-Za-z]:)?[/\\].*|[^/\\\s]+(?:[/\\][^/\\]+){2,}")
 
 
 def about(
-    concept: ConceptVector,
-    source: "ModelFolder",
-    *,
-    strength: float,
-    vectors: Mapping[int, Tensor],
-    biases: Sequence[str],
-    hashes: Mapping[str, str],
+    concept: ConceptVector, source: "ModelFolder", *, strength: float, vectors: Mapping[int, Tensor], biases: Sequence[str]
 ) -> dict[str, Any]:
-    """The content of contrans.json."""
+    """The content of contrans.json. ValueError for a provenance with an access token in it."""
     before = source.path / ABOUT
     earlier = {"earlier": json.loads(before.read_text("utf-8"))} if before.is_file() else {}
     return earlier | {
         "format": FORMAT,
         "kind": "contrans export",
-        "concept": {"name": without_paths(concept.name), "provenance": without_paths(concept.provenance)},
+        "concept": publishable({"name": concept.name, "provenance": concept.provenance}),
         "model": source.model.to_dict(),
         "strength": strength,
         "layers": list(vectors),
         "norms": [float(x.norm()) for x in vectors.values()],
         "biases": list(biases),
-        "sha256": dict(hashes),
         "versions": versions(),
     }
 
 
-def without_paths(content: Any) -> Any:
-    """The same, with only the last part of every path, and without texts."""
+def publishable(content: Any) -> Any:
+    """The same as plain values, `redacted`, and without texts: a prompt may be one."""
+    return _without_texts(redacted(json.loads(json.dumps(content, default=str))))
+
+
+def _without_texts(content: Any) -> Any:
     if isinstance(content, Mapping):
-        return {without_paths(str(key)): without_paths(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_paths(value) for value in content]
-    if isinstance(content, Path):
-        return content.name
-    if not isinstance(content, str):
-        return content if isinstance(content, (bool, int, float, type(None))) else without_paths(str(content))
-    if len(content) > _LONG or "\n" in content:
-        return "(left out)"
-    if not content.startswith(("http://", "https://")):
-        content = re.split(r"[/\\]", content)[-1] if _WHOLE_PATH.fullmatch(content) else _PATH.sub("", content)
-    return content
+        return {_without_texts(key): _without_texts(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_texts(value) for value in content]
+    is_text = isinstance(content, str) and (len(content) > _LONG or "\n" in content)
+    return "(left out)" if is_text else content
 
 
 def steered_card(card: str, content: Mapping[str, Any], *, hub_id: str | None, switched: bool) -> str:

@@ -109,6 +109,7 @@ def export_folder(
     for step in steps:
         vectors[step.layer] = vectors.get(step.layer, 0) + step.vector.float()
     plan = _plan(source, vectors)
+    content = about(vector, source, strength=strength, vectors=vectors, biases=plan.biases)
     files, left_out = _others(source)
     _check_room(source, plan, files, folder)
 
@@ -119,8 +120,7 @@ def export_folder(
         _write_config(source, plan, written)
         hashes = _write_weights(source, plan, written)
         _check_written(source, plan, written)
-        content = about(vector, source, strength=strength, vectors=vectors, biases=plan.biases, hashes=hashes)
-        write_json(written / ABOUT, content)
+        write_json(written / ABOUT, content | {"sha256": hashes})
         _write_card(source, plan, written, content)
     return ExportedFolder(Path(out), strength, tuple(vectors), plan.biases, left_out)
 
