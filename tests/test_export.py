@@ -577,7 +577,7 @@ def test_what_is_published_has_no_path_no_text_and_no_token(targets, hooked, tmp
         "map": Path("/srv/x/maps.safetensors"),
         "prompt": "one word " * 20,
         "layers": ((3, 4),),
-        5: ["a\nb", 0.5, None, True],
+        5: ["a\nb", 0.5, None],
     }
     assert publishable(told) == {
         "map": "maps.safetensors",
