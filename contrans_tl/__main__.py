@@ -426,6 +426,30 @@ def generate(
         typer.echo(target.generate(prompt, max_new_tokens=tokens, do_sample=False, verbose=False))
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A control vector, arrays, or a specification.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the model it is of, for files that do not say.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="As in 3,4: which to read, or which those of a plain array are.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the concept; default: the file's.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("concept.safetensors"),
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """A concept out of another tool's file: gguf, npy, npz, safetensors, pt or a specification, by its suffix."""
+    _quiet()
+    from contrans_tl import identify, read_exchange
+
+    chosen = _layers(layers)
+    if not file.is_file():
+        raise ValueError(f"there is no file {str(file)!r}.")
+    home = None if model is None else identify(_load(model, device, dtype))
+    concept = read_exchange(file, model=home, layers=chosen, name=name)
+    typer.echo(f"{concept}\n{concept.save(out)}")
+
+
 @app.command()
 def push(
     file: Annotated[Path, typer.Argument(help="What `refine`, `fit` or `reformulate` wrote.")],
@@ -483,11 +507,7 @@ def export(
 
     if format not in FORMATS:
         raise ValueError(f"expected --format among {', '.join(FORMATS)}; got {format!r}.")
-    try:
-        chosen = None if layers is None else [int(layer) for layer in layers.split(",")]
-    except ValueError:
-        raise ValueError(f"expected --layers as in 3,4; got {layers!r}.") from None
-    options: dict[str, Any] = {"strength": strength, "layers": chosen, "positions": positions, "revision": revision}
+    options: dict[str, Any] = {"strength": strength, "layers": _layers(layers), "positions": positions, "revision": revision}
     typer.echo(FORMATS[format](read_concept(concept), target, out, **options))
 
 
@@ -564,6 +584,13 @@ def _arms(arms: str | None, made: set[str]) -> list[str] | None:
         more = " `instruction` needs --instruction." if "instruction" in unknown else ""
         raise ValueError(f"expected --arms among {', '.join(can)}; got {', '.join(unknown)}.{more}")
     return names
+
+
+def _layers(layers: str | None) -> list[int] | None:
+    try:
+        return None if layers is None else [int(layer) for layer in layers.split(",")]
+    except ValueError:
+        raise ValueError(f"expected --layers as in 3,4; got {layers!r}.") from None
 
 
 def _load(name: str, device: str | None, dtype: str) -> Any:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contrans_tl import ConceptVector, ModelId, identify, read_exchange, write_exchange
+from contrans_tl.__main__ import main
 from contrans_tl.exchange import read_arrays, to_repeng, to_steering_vector, write_npy
 
 WRITTEN = ("gguf", "npy", "npz", "safetensors", "spec")
@@ -330,3 +331,20 @@ def test_a_spec_is_json_that_others_read(tmp_path):
     spec = json.loads(write_exchange(CONCEPT.only(4), tmp_path / "x.json", "spec", strength=2.0).read_text())
     assert spec["injections"][0]["site"] == "blocks.4.hook_resid_post" and spec["injections"][0]["op"] == "add"
     assert spec["concept"]["strength"] == 2.0
+
+
+def test_the_command_line_imports_a_file_of_another_tool(bridges, folders, tmp_path, capsys, monkeypatch):
+    rows = vectors(2, D_MODEL)
+    call = ["import", str(saved(rows.numpy(), tmp_path / "joy.npy")), "--out", str(tmp_path / "joy.safetensors")]
+    assert main([*call, "--layers", "0,2", "--model", str(folders["llama"])]) == 0
+    assert "ConceptVector('joy', layers 0..2" in capsys.readouterr().out
+    read = ConceptVector.load(tmp_path / "joy.safetensors")
+    assert (read.layers, bits(read.vectors)) == ((0, 2), bits(rows)) and read.model.same_space(identify(bridges["llama"]))
+    monkeypatch.setattr("contrans_tl.load_model", lambda *a, **k: pytest.fail("a model is loaded for what cannot work"))
+    for wrong, message in (
+        (["import", str(tmp_path / "no.npy"), "--model", "anything"], "there is no file"),
+        ([*call, "--layers", "0-2", "--model", "anything"], "expected --layers as in 3,4"),
+        (call, "model="),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
