@@ -5,9 +5,7 @@ paths of this machine.
 """
 
 import math
-import re
 from collections.abc import Mapping
-from pathlib import PureWindowsPath
 from typing import Any
 
 import torch
@@ -15,10 +13,9 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from contrans_tl.models import HookedModel, ModelId, check_layers, identify
+from contrans_tl.redaction import redacted
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.transplantation import check_home
-
-_PATH = re.compile(r"(?:file:|[A-Za-z]:)?[\\/]|~|\.{1,2}[\\/]")
 
 
 def outgoing(concept: ConceptVector, strength: float) -> dict[int, Float32[Tensor, " d_model"]]:
@@ -58,14 +55,9 @@ def check_raw(model: ModelId, engine: str) -> None:
 
 
 def about(concept: ConceptVector, strength: float) -> dict[str, Any]:
-    """What there is to say of the vectors."""
-    told = {
-        "name": concept.name,
-        "model": concept.model.to_dict(),
-        "strength": strength,
-        "provenance": concept.provenance,
-    }
-    return {key: _portable(value) for key, value in told.items()}
+    """What there is to say of the vectors. ValueError for an access token among it."""
+    told = {"name": concept.name, "model": concept.model.to_dict(), "strength": strength, "provenance": concept.provenance}
+    return redacted(told)
 
 
 def home(model: HookedModel | ModelId | None, told: Mapping[str, Any] | None, file: str) -> ModelId:
@@ -90,14 +82,3 @@ def origin(format: str, told: Mapping[str, Any] | None) -> dict[str, Any]:
     if told is None:
         return {"read_from": format}
     return {"read_from": format, "factor": told.get("strength"), "of": told.get("provenance")}
-
-
-def _portable(value: Any) -> Any:
-    """The same without folders of this machine: of a path stays the last name."""
-    if isinstance(value, Mapping):
-        return {str(key): _portable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    if isinstance(value, str) and _PATH.match(value):
-        return PureWindowsPath(value).name  # which knows both slashes
-    return value
