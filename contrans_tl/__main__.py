@@ -21,6 +21,8 @@ Pairs = Annotated[Path, typer.Option("--pairs", help="Contrast pairs: JSON, JSON
 Sentences = Annotated[Path, typer.Option("--sentences", help="Fit corpus: plain text, JSON, JSONL or CSV.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the accelerator if there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Instead of --device: auto, balanced, or JSON of {module: device}.")]
+Quantize = Annotated[str | None, typer.Option(help="Load 8bit or 4bit weights, by bitsandbytes.")]
 Layer = Annotated[int | None, typer.Option(help="Layer to use, counted from 0.")]
 Budget = Annotated[float | None, typer.Option(help="Neutral-text loss a transplant may cost, nats per token; default: 0.5.")]
 KlBudget = Annotated[float | None, typer.Option(help="Next-token KL on neutral text it may cost instead, nats per token.")]
@@ -62,6 +64,8 @@ def run(
     out: Out = Path("contrans-run"),
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     strengths: Strengths = None,
     unit: Unit = "raw",
     budget: Budget = None,
@@ -93,11 +97,11 @@ def run(
     from contrans_tl.evaluation import Rivals
     from contrans_tl.experiment import check_inputs, run_experiment
 
-    search = _search(strengths, unit, budget, kl_budget, max_depth)
+    search, load = _search(strengths, unit, budget, kl_budget, max_depth), _options(device, dtype, device_map, quantize)
     made = {"source_own", "paper", *(["instruction"] if instruction else []), *(["other_concept"] if len(concepts) > 1 else [])}
     names = _arms(arms, made)
     check_inputs(concepts, {"the fit corpus": corpus, "the neutral text": texts}, allow_overlap=allow_overlap)
-    models = {name: _load(name, device, dtype) for name in dict.fromkeys((source, target))}
+    models = {name: _load(name, load) for name in dict.fromkeys((source, target))}
     # The source's own arm runs the source once more, so it is there for those who ask.
     asked = models[source] if names is not None and "source_own" in names else None
     _finish(
@@ -131,6 +135,8 @@ def evaluate(
     out: Out = Path("contrans-evaluation"),
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     strengths: Strengths = None,
     unit: Unit = "raw",
     budget: Budget = None,
@@ -157,13 +163,13 @@ def evaluate(
     from contrans_tl.evaluation import Rivals
     from contrans_tl.experiment import check_inputs, evaluate_saved
 
-    search = _search(strengths, unit, budget, kl_budget, max_depth)
+    search, load = _search(strengths, unit, budget, kl_budget, max_depth), _options(device, dtype, device_map, quantize)
     names = _arms(arms, {"instruction"} if instruction else set())
     check_inputs([contrast], known | {"the neutral text": texts}, allow_overlap=allow_overlap)
     vector, fitted = ConceptVector.load(concept), LayerMaps.load(maps)
     if not vector.model.same_space(fitted.source.model):
         raise ValueError(f"{concept} was refined in {vector.model}, but {maps} lead out of {fitted.source.model}.")
-    model = _load(target, device, dtype)
+    model = _load(target, load)
     _finish(
         lambda: evaluate_saved(
             model,
@@ -236,6 +242,8 @@ def recipe(
     out: Annotated[Path, typer.Option("--out", help="Folder for recipe.json.")] = Path("contrans-recipe"),
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
 ) -> None:
@@ -263,7 +271,7 @@ def recipe(
         random_vectors=random_vectors,
         batch_size=batch_size,
         seed=seed,
-        load=partial(load_named, device=device, dtype=_dtype(dtype)),
+        load=partial(load_named, **_options(device, dtype, device_map, quantize)),
     )
     result = RECIPES[name](job)
     typer.echo(f"{result}\n{save_recipe(result, out)}")
@@ -277,6 +285,8 @@ def refine(
     method: Annotated[str, typer.Option(help="mean, pca or logistic.")] = "mean",
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """A concept's vector at every layer of a model."""
     _quiet()
@@ -284,7 +294,8 @@ def refine(
     from contrans_tl import refine as refine_concept
 
     contrast = ContrastPairs.load(pairs)
-    concept = refine_concept(_load(model, device, dtype), contrast, method=method)  # type: ignore[arg-type]
+    loaded = _load(model, _options(device, dtype, device_map, quantize))
+    concept = refine_concept(loaded, contrast, method=method)  # type: ignore[arg-type]
     typer.echo(f"{concept}\n{concept.save(out)}")
 
 
@@ -298,17 +309,25 @@ def fit(
     method: Annotated[str, typer.Option(help="ridge, paper, pcr, reduced_rank, procrustes or identity.")] = "ridge",
     rank: Annotated[int | None, typer.Option(help="Of pcr and reduced_rank; default: by held-out error.")] = None,
     standardise: Annotated[bool, typer.Option(help="Fit on source dimensions of equal variance.")] = False,
+    in_turn: Annotated[
+        bool, typer.Option("--in-turn", help="Load the target when the source is gone, for memory that does not hold both.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """Affine maps from every layer of one model to every layer of another."""
     _quiet()
+    from functools import partial
+
     from contrans_tl import fit_maps, read_sentences
 
     corpus = read_sentences(sentences)
-    models = _load(source, device, dtype), _load(target, device, dtype)
+    load = _options(device, dtype, device_map, quantize)
+    models = [partial(_load, name, load) if in_turn else _load(name, load) for name in (source, target)]
     options: dict[str, Any] = {"rows": rows, "method": method, "rank": rank, "standardise": standardise}
-    maps = fit_maps(*models, corpus, **options)
+    maps = fit_maps(models[0], models[1], corpus, **options)
     typer.echo(f"{maps}\nheld-out R2\n{maps.r2.numpy().round(3)}\n{maps.save(out)}")
 
 
@@ -342,13 +361,16 @@ def select(
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("sentences.txt"),
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """The sentences of a pool that show a concept best, to fit maps on."""
     _quiet()
     from contrans_tl import ConceptVector, select_sentences
     from contrans_tl.artifacts import write_atomically
 
-    chosen = select_sentences(_load(source, device, dtype), ConceptVector.load(concept), pool, n)
+    model = _load(source, _options(device, dtype, device_map, quantize))
+    chosen = select_sentences(model, ConceptVector.load(concept), pool, n)
     write_atomically(out, "".join(f"{sentence}\n" for sentence in chosen).encode())
     typer.echo(f"{len(chosen)} sentences\n{out}")
 
@@ -373,6 +395,8 @@ def diagnose(
     ),
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: int = 0,
 ) -> None:
@@ -389,7 +413,7 @@ def diagnose(
     if layer is None and len(vector.layers) > 1:
         raise ValueError(f"{concept} has vectors at layers {vector.layers[0]} to {vector.layers[-1]}: choose one with --layer.")
     check_model_name(model)
-    loaded = _load(model, device, dtype)
+    loaded = _load(model, _options(device, dtype, device_map, quantize))
     found = d.diagnose(
         loaded,
         vector,
@@ -415,13 +439,15 @@ def generate(
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 20,
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """Generate greedily with a concept transplanted."""
     _quiet()
     from contrans_tl import ConceptVector, transplant
 
     vector = ConceptVector.load(concept)
-    target = _load(model, device, dtype)
+    target = _load(model, _options(device, dtype, device_map, quantize))
     with transplant(target, vector, strength=strength, layers=None if layer is None else [layer]):
         typer.echo(target.generate(prompt, max_new_tokens=tokens, do_sample=False, verbose=False))
 
@@ -437,6 +463,8 @@ def import_(
     out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("concept.safetensors"),
     device: Device = None,
     dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    quantize: Quantize = None,
 ) -> None:
     """A concept out of another tool's file: gguf, npy, npz, safetensors, pt or a specification, by its suffix."""
     _quiet()
@@ -445,7 +473,7 @@ def import_(
     chosen = _layers(layers)
     if not file.is_file():
         raise ValueError(f"there is no file {str(file)!r}.")
-    home = None if model is None else identify(_load(model, device, dtype))
+    home = None if model is None else identify(_load(model, _options(device, dtype, device_map, quantize)))
     concept = read_exchange(file, model=home, layers=chosen, name=name)
     typer.echo(f"{concept}\n{concept.save(out)}")
 
@@ -593,10 +621,30 @@ def _layers(layers: str | None) -> list[int] | None:
         raise ValueError(f"expected --layers as in 3,4; got {layers!r}.") from None
 
 
-def _load(name: str, device: str | None, dtype: str) -> Any:
+def _load(name: str, options: dict[str, Any]) -> Any:
     from contrans_tl import load_model
 
-    return load_model(name, device=device, dtype=_dtype(dtype))
+    return load_model(name, **options)
+
+
+def _options(device: str | None, dtype: str, device_map: str | None, quantize: str | None) -> dict[str, Any]:
+    """Of `load_model`, checked before anything is loaded."""
+    import json
+
+    from contrans_tl.loading import bitsandbytes
+
+    if device is not None and device_map is not None:
+        raise ValueError(f"expected --device or --device-map; got both, {device} and {device_map}.")
+    options = {"device": device, "dtype": _dtype(dtype), "device_map": device_map}
+    if device_map is not None and device_map.startswith("{"):
+        try:
+            options["device_map"] = json.loads(device_map)
+        except json.JSONDecodeError as error:
+            expected = "expected --device-map auto, balanced or JSON of {module: device}"
+            raise ValueError(f"{expected}; got {device_map!r}.") from error
+    if quantize is not None:
+        options["quantization_config"] = bitsandbytes(quantize, options["dtype"])
+    return options
 
 
 def _dtype(name: str) -> Any:
@@ -610,8 +658,10 @@ def _dtype(name: str) -> Any:
 
 def _quiet() -> None:
     # Progress bars of model loading say nothing here; ours appear when something takes long.
+    import logging as standard
     import os
 
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # a line for every product of every layer
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging

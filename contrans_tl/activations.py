@@ -22,6 +22,7 @@ from torch import Tensor
 from contrans_tl.models import HookedModel, ModelId, Site, check_layers, check_ready, hook_name, identify, run_blocks
 from contrans_tl.progress import track
 from contrans_tl.tokens import ALIGNED, Encoding, by_length, encode, pad, prepends_bos, word_ends
+from contrans_tl.weights import device_of
 
 Rows = Literal["last", "words"]
 """The last token of every text (the paper's), or the token at the end of every word."""
@@ -161,7 +162,7 @@ def read_rows(
     first_row = torch.tensor([0, *map(len, places)]).cumsum(0).tolist()
     width = (model.cfg.n_heads, model.cfg.d_head) if site == "z" else (model.cfg.d_model,)
     values = torch.empty(first_row[-1], len(layers), *width)
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     batches = by_length([len(encoding.ids) for encoding in encodings], batch_size)
 
     def keep(x: Tensor, hook: Any, *, slot: int, prompt: Tensor, position: Tensor, row: Tensor) -> None:

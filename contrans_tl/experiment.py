@@ -43,6 +43,7 @@ from contrans_tl.leakage import Leak
 from contrans_tl.models import HookedModel, ModelId, identify
 from contrans_tl.refinement import ConceptVector, refine
 from contrans_tl.reformulation import AffineMap, LayerMaps, reformulate
+from contrans_tl.weights import device_of
 
 DIAGNOSED = 48
 """Test questions that the effect is attributed to heads on."""
@@ -349,7 +350,7 @@ def layer_at(model: HookedModel, depth: float) -> int:
 def _side_by_side(targets: Mapping[str, HookedModel]) -> Any:
     # Small matrices gain little from many threads; models on a CPU run side by side instead, sharing the cores.
     threads = torch.get_num_threads()
-    on_cpu = all(next(iter(model.parameters())).device.type == "cpu" for model in targets.values())
+    on_cpu = all(device_of(model).type == "cpu" for model in targets.values())
     workers = min(len(targets), threads) if on_cpu else 1
     try:
         torch.set_num_threads(max(1, threads // workers))

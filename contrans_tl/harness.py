@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from contrans_tl.evaluation.questions import continuation_logprobs
-from contrans_tl.evaluation.subjects import device_of
 from contrans_tl.models import HookedModel, check_ready, identify
 from contrans_tl.progress import track
 from contrans_tl.tokens import prepends_bos
+from contrans_tl.weights import device_of
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM

@@ -11,10 +11,9 @@ Not offered: `hook_resid_mid` as a place to write. On a bridge it is an alias of
 reaches the skip connection; write at `resid_post` instead.
 """
 
-import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +24,17 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from contrans_tl.loading import DeviceMap, boot, wrap
+from contrans_tl.weights import (
+    check_readable,
+    device_of,
+    embedding_rows,
+    fingerprint_of,
+    materialised,
+    precision_of,
+    quantization_of,
+)
 
 Basis = Literal["raw", "centred"]
 """As the weights are, or with the mean over d_model subtracted from all that writes to the stream."""
@@ -80,14 +90,18 @@ class ModelId:
     revision: str | None
     """Commit of the hub repository, where there is one."""
     fingerprint: str
-    """Hash over samples of every weight, rounded to bfloat16 so that loading in float32 or bfloat16 gives the same."""
+    """Hash over samples of every weight, rounded to bfloat16 so that loading in float32 or bfloat16 gives the same, on one
+    device or several. A quantised model has one of its own."""
     n_layers: int
     d_model: int
     basis: Basis
     """`centred` when TransformerLens has subtracted the mean over d_model from all that writes to the stream."""
+    quantization: str | None = None
+    """How its weights are quantised."""
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.n_layers} layers x {self.d_model}, {self.basis} basis, {self.fingerprint[:8]})"
+        quantised = "" if self.quantization is None else f", quantised: {self.quantization}"
+        return f"{self.name} ({self.n_layers} layers x {self.d_model}, {self.basis} basis, {self.fingerprint[:8]}{quantised})"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,41 +157,56 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    quantization_config: Any = None,
 ) -> HookedModel:
     """A TransformerBridge in eval mode, raw basis, without gradients, that has passed `self_check`.
 
     Args:
-        model: hub id, local folder (config, weights, tokenizer), or a Hugging Face model in memory. A model in memory is
-            wrapped in place, as TransformerLens does: save or export it before, and never wrap it twice.
+        model: hub id, local folder (config, weights, tokenizer), or a Hugging Face model in memory, also a quantised one. A
+            model in memory is wrapped in place, as TransformerLens does: save or export it before, and never wrap it twice. It
+            keeps its dtype and, unless a device is told, its place.
         tokenizer: with a model in memory, its tokenizer (one that was saved to disk and loaded again).
         device: where to put it; the default is TransformerLens's (the accelerator if there is one).
         dtype: of the weights. Float32 is exact; pass torch.bfloat16 for large models.
         revision: branch, tag or commit on the hub.
+        device_map: instead of a device, how accelerate spreads it: "auto", "balanced", or {module: device}, where a device may
+            be "disk" (see `loading` for what TransformerLens can run).
+        max_memory: with a device map, bytes to fill of each device, as in {0: "70GiB", "cpu": "100GiB"}.
+        offload_folder: with a device map, where weights "on disk" go that cannot be read from the checkpoint in place.
+        quantization_config: of transformers, as `loading.bitsandbytes("4bit", dtype)` or a `TorchAoConfig`. A quantised model
+            is another model: its fingerprint is its own.
 
     Raises:
-        ValueError: a folder that is no model folder, a model in memory without tokenizer or wrapped before, or a model
-            whose hook points fail `self_check`.
+        ValueError: a folder that is no model folder, a model in memory without tokenizer or wrapped before, a placement that
+            the installed TransformerLens cannot run, or a model whose hook points fail `self_check`.
 
     Warns where the installed TransformerLens and transformers disagree about key-value caches (`caches_right`).
     """
-    hf_model: Any = None if isinstance(model, (str, os.PathLike)) else model
-    if hf_model is None:
-        name = os.fspath(model)
-        check_model_name(name)
-    elif any("_original_component" in key for key, _ in hf_model.named_modules()):
-        raise ValueError("this Hugging Face model is wrapped by a TransformerBridge already: pass that bridge instead.")
-    elif tokenizer is None:
-        raise ValueError("expected tokenizer= beside a Hugging Face model in memory; got none.")
-
-    from transformer_lens.model_bridge import TransformerBridge
-
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "tokenizer": tokenizer}
-    if hf_model is None:
-        bridge = TransformerBridge.boot_transformers(name, revision=revision, **options)
+    placing: dict[str, Any] = {
+        "device_map": device_map,
+        "max_memory": max_memory,
+        "offload_folder": offload_folder,
+        "quantization_config": quantization_config,
+    }
+    if isinstance(model, (str, os.PathLike)):
+        check_model_name(name := os.fspath(model))
+        bridge = boot(name, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **placing)
     else:
-        label = getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__
-        bridge = TransformerBridge.boot_transformers(label, hf_model=hf_model, **options)
+        if any("_original_component" in key for key, _ in model.named_modules()):
+            raise ValueError("this Hugging Face model is wrapped by a TransformerBridge already: pass that bridge instead.")
+        if tokenizer is None:
+            raise ValueError("expected tokenizer= beside a Hugging Face model in memory; got none.")
+        if told := [option for option, value in placing.items() if value is not None]:
+            raise ValueError(f"a model in memory is placed and quantised already: pass {told[0]}= to its from_pretrained.")
+        if device is not None and device_of(model) != torch.device(device):
+            model.to(device)
+        label = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        bridge = wrap(label, model, tokenizer=tokenizer, dtype=dtype)
     bridge.eval().requires_grad_(False)
+    bridge.cfg.device = str(device_of(bridge))  # of an offloaded model, TransformerLens takes the placeholder's
     self_check(bridge)
     if not caches_right(bridge):
         warnings.warn(
@@ -210,10 +239,11 @@ def identify(model: HookedModel) -> ModelId:
     return ModelId(
         name=Path(name).name if Path(name).is_dir() else name,
         revision=getattr(config, "_commit_hash", None),
-        fingerprint=_fingerprint(model),
+        fingerprint=fingerprint_of(model),
         n_layers=model.cfg.n_layers,
         d_model=model.cfg.d_model,
         basis=_basis(model),
+        quantization=quantization_of(model),
     )
 
 
@@ -237,37 +267,10 @@ def _is_remote(model: HookedModel) -> bool:
     return isinstance(model, RemoteBridge)
 
 
-SAMPLES = 512
-"""Entries of a weight, at least, that its share of a fingerprint is taken from."""
-
-
-def sampled(entries: int) -> range:
-    """Which entries of a weight of so many, flattened, its fingerprint looks at."""
-    return range(0, entries, max(1, entries // SAMPLES))
-
-
-def fingerprint(weights: Iterable[tuple[Sequence[int], Float[Tensor, " sample"]]]) -> str:
-    """Hash over weights, each given as its shape and its `sampled` entries; in any order, and however often one is listed."""
-    # 3.9 and 4.x differ in whether a tied or split weight is listed twice, and a bias of zeros at all: hence a set, and
-    # nothing constant in it.
-    digests = set()
-    for shape, samples in weights:
-        values = samples.to(torch.bfloat16).view(torch.int16).cpu().numpy()
-        if (values == values[0]).all():
-            continue
-        digests.add(hashlib.sha256(f"{tuple(shape)}".encode() + values.tobytes()).hexdigest())
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
-
-
-def _fingerprint(model: HookedModel) -> str:
-    weights = ((weight.shape, weight.detach().flatten()) for weight in model.parameters())
-    return fingerprint((shape, flat[:: sampled(len(flat)).step]) for shape, flat in weights)
-
-
 def _basis(model: HookedModel) -> Basis:
     # TransformerLens centres all that writes to the stream or nothing, so the embedding tells; the class and the flags
     # (normalization_type, compatibility_mode) do not agree between 3.9 and 4.x on how to say it.
-    rows = model.W_E[:256].detach()
+    rows = embedding_rows(model)
     # The largest of 256 row means of a raw embedding is about 3 / sqrt(d_model) of its spread; of a centred one, rounding.
     rounding = max(1e-5, torch.finfo(rows.dtype).eps)
     return "centred" if bool(rows.float().mean(-1).abs().max() < rounding * rows.float().std()) else "raw"
@@ -424,16 +427,18 @@ def norm_scale_site(layer: int) -> str:
 
 def attention_weights(model: HookedModel, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """W_Q, W_K, W_V as "q", "k", "v": "head d_model d_head", and the biases there are: "head d_head". Keys and values that
-    several heads share stand there once, as `hook_k` and `hook_v` show them."""
+    several heads share stand there once, as `hook_k` and `hook_v` show them. ValueError if they are quantised."""
     attention = model.blocks[layer].attn
+    check_readable(model, attention)
     weights, biases = {}, {}
-    for name in "qkv":
-        weight, bias = getattr(attention, f"W_{name.upper()}"), getattr(attention, f"b_{name.upper()}", None)
-        shared = 1 if name == "q" else len(weight) // key_heads(model)
-        # A HookedTransformer repeats shared weights for every head.
-        weights[name] = weight[::shared].detach()
-        if bias is not None:
-            biases[name] = bias[::shared].detach()
+    with materialised(attention):
+        for name in "qkv":
+            weight, bias = getattr(attention, f"W_{name.upper()}"), getattr(attention, f"b_{name.upper()}", None)
+            shared = 1 if name == "q" else len(weight) // key_heads(model)
+            # A HookedTransformer repeats shared weights for every head.
+            weights[name] = weight[::shared].detach()
+            if bias is not None:
+                biases[name] = bias[::shared].detach()
     return weights, biases
 
 
@@ -444,12 +449,15 @@ def key_heads(model: HookedModel) -> int:
 
 
 def output_weights(model: HookedModel, layer: int) -> tuple[Float[Tensor, "head d_head d_model"], Tensor | None]:
-    """W_O of every head of a layer, and the attention's output bias " d_model" or None."""
+    """W_O of every head of a layer, and the attention's output bias " d_model" or None. ValueError if they are
+    quantised."""
     attention = model.blocks[layer].attn
-    weight = attention.W_O
+    check_readable(model, attention)
+    with materialised(attention):
+        weight, bias = attention.W_O, getattr(attention, "b_O", None)
     if weight.ndim == 2:
         weight = weight.view(model.cfg.n_heads, -1, weight.shape[-1])
-    return weight, getattr(attention, "b_O", None)
+    return weight, bias
 
 
 def post_norm_site(model: HookedModel, layer: int) -> str | None:
@@ -498,9 +506,8 @@ def self_check(model: HookedModel, rtol: float | None = None) -> None:
         ValueError: with the first layer and the identity that fails.
     """
     cfg = model.cfg
-    weight = next(iter(model.parameters()))
-    rtol = 8 * torch.finfo(weight.dtype).eps if rtol is None else rtol
-    tokens = torch.arange(1, 9, device=weight.device)[None] % cfg.d_vocab
+    rtol = 8 * torch.finfo(precision_of(model)).eps if rtol is None else rtol
+    tokens = torch.arange(1, 9, device=device_of(model))[None] % cfg.d_vocab
     sites: list[Site] = ["resid_pre", "attn_out", "mlp_out", "resid_post"]
     names = [hook_name(layer, site) for layer in range(cfg.n_layers) for site in sites]
     missing = [name for name in names if "resid" in name and name not in model.hook_dict]
@@ -550,7 +557,7 @@ def caches_right(model: HookedModel) -> bool:
     TransformerLens 4.3 hands its cache on under a name that transformers 5.24 gave up: the second token is then read alone,
     and nothing raises.
     """
-    tokens = torch.arange(1, 9, device=next(iter(model.parameters())).device)[None] % model.cfg.d_vocab
+    tokens = torch.arange(1, 9, device=device_of(model))[None] % model.cfg.d_vocab
     options: dict[str, Any] = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
 
     def last_residual(cached: bool) -> Float[Tensor, " d_model"]:

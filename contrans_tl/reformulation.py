@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from einops import einsum
@@ -76,6 +76,8 @@ from contrans_tl.verdict import Verdict
 
 Weighting = Literal["concept", "uniform"]
 """Rows count by what they say about the concept, or alike (the paper's)."""
+Loadable = HookedModel | str | os.PathLike[str] | Callable[[], HookedModel]
+"""A model, a name for `load_model`, or what loads one when called."""
 COLUMNS = 64
 """Random mixtures of the target's dimensions, over all its layers, that ridge strengths are judged by."""
 SAMPLE = 4000
@@ -177,6 +179,24 @@ class LayerMaps:
             f"{len(self.target.layers)} layers, {self.method}{', standardised' if self.standardise else ''}, "
             f"{len(self.source)} rows{'' if self.weights is None else ', weighted'})"
         )
+
+    @classmethod
+    def fit_stored(
+        cls,
+        source: StoredActivations,
+        target: StoredActivations,
+        *,
+        ridge: float | None = None,
+        sample: int = SAMPLE,
+    ) -> "LayerMaps":
+        """Maps from rows on disk, that `store` left there; neither model is needed. Grids are of a sample of whole sentences,
+        of at most so many rows; `maps[s, t]` and `reformulate` read all of them.
+
+        Raises:
+            ValueError: as `fit`.
+        """
+        maps = cls.fit(source.sample(sample), target.sample(sample), ridge=ridge)
+        return replace(maps, stored=(source, target))
 
     # --- what is computed once --------------------------------------------------------------------------------------
 
@@ -736,8 +756,8 @@ def fit_affine(
 
 
 def fit_maps(
-    source: HookedModel | str | os.PathLike[str],
-    target: HookedModel | str | os.PathLike[str],
+    source: Loadable,
+    target: Loadable,
     sentences: Sequence[str],
     *,
     rows: Rows = "words",
@@ -755,7 +775,8 @@ def fit_maps(
     """Affine maps from every source layer to every target layer, fitted on the same sentences in both models (eq. 2).
 
     Args:
-        source: a model, or a name for `load_model`: by names, one model is gone from memory before the other is loaded.
+        source: a model, or a name for `load_model`, or a function that loads one, as in `functools.partial(load_model,
+            "large", device_map="auto", dtype=torch.bfloat16)`: so one model is gone from memory before the other is loaded.
         target: likewise.
         sentences: neither labels nor the prompts of any concept, but text in which the concept occurs in passing: a corpus
             that never shows it cannot carry it (`LayerMaps.coverage`).
@@ -771,7 +792,7 @@ def fit_maps(
     sentences = check_texts(sentences, rows)
     if folder is not None and (method != "ridge" or standardise):
         raise ValueError(f"rows on disk are fitted by plain ridge; got {method!r}. Leave out folder=, or the other options.")
-    loaded = [model for model in (source, target) if not isinstance(model, (str, os.PathLike))]
+    loaded = [model for model in (source, target) if _is_model(model)]
     for model in (source, target):
         if isinstance(model, (str, os.PathLike)):
             check_model_name(os.fspath(model))
@@ -783,9 +804,11 @@ def fit_maps(
             check_alignment(loaded[0], loaded[1], sentences[:ALIGNMENT_TEXTS])
     options: dict[str, Any] = {"rows": rows, "prepend_bos": prepend_bos, "batch_size": batch_size}
 
-    def load(model: HookedModel | str | os.PathLike[str]) -> HookedModel:
+    def load(model: Loadable) -> HookedModel:
         gc.collect()  # a bridge is a ring of references: what nobody holds any more is still there
-        return load_model(model) if isinstance(model, (str, os.PathLike)) else model
+        if isinstance(model, (str, os.PathLike)):
+            return load_model(model)
+        return model if _is_model(model) else model()
 
     if folder is None:
         x = collect(load(source), sentences, layers=source_layers, **options)
@@ -795,8 +818,11 @@ def fit_maps(
         store(load(source), sentences, folder, layers=source_layers, **options),
         store(load(target), sentences, folder, layers=target_layers, **options),
     )
-    maps = LayerMaps.fit(*(side.sample(sample) for side in stored), ridge=ridge)
-    return replace(maps, stored=stored)
+    return LayerMaps.fit_stored(*stored, ridge=ridge, sample=sample)
+
+
+def _is_model(model: Loadable) -> TypeGuard[HookedModel]:
+    return hasattr(model, "cfg")  # a model can be called too
 
 
 def reformulate(

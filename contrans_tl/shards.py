@@ -46,6 +46,7 @@ from contrans_tl.models import HookedModel, ModelId, check_layers, check_ready, 
 from contrans_tl.processes import rank, share, summed
 from contrans_tl.progress import track
 from contrans_tl.tokens import Encoding, prepends_bos
+from contrans_tl.weights import precision_of
 
 TEXTS_PER_SHARD = 128
 """Of sentences of 15 words, with all 32 layers of width 4096, a shard is a gigabyte in float32 (0.5 MiB a row) and takes three
@@ -198,7 +199,7 @@ def store(
     shards = _Shards.below(
         Path(folder),
         identify(model),
-        next(iter(model.parameters())).dtype,
+        precision_of(model),
         layers=check_layers(layers, model.cfg.n_layers, str(model.cfg.model_name)),
         rows=rows,
         prepend_bos=prepends_bos(model, prepend_bos),

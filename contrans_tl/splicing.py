@@ -38,6 +38,7 @@ from contrans_tl.progress import track
 from contrans_tl.quality import plain_values
 from contrans_tl.reformulation import LayerMaps
 from contrans_tl.tokens import Encoding, by_length, encode, pad
+from contrans_tl.weights import device_of
 
 ARMS = ("clean", "spliced", "shuffled", "mean")
 
@@ -142,8 +143,8 @@ def splice(
         members = [used[k] for k in batch]
         text = torch.tensor([k for k, i in enumerate(members) for _ in places[i]])
         there, here = (torch.tensor([p[side] for i in members for p in places[i].items()]) for side in (0, 1))
-        read = pad([reads[0][i].ids for i in members], _device(source))
-        reading = pad([reads[1][i].ids for i in members], _device(target))
+        read = pad([reads[0][i].ids for i in members], device_of(source))
+        reading = pad([reads[1][i].ids for i in members], device_of(target))
         x = {
             s: resid[text, there].to(chosen.source.values) for s, resid in _streams(source, *read, chosen.source.layers).items()
         }
@@ -230,7 +231,3 @@ def _summary(
         kl={arm: per_token(kl[arm]) for arm in ARMS[1:]},
         recovered={arm: share(loss["mean"] - loss[arm]) for arm in ARMS[1:]},
     )
-
-
-def _device(model: HookedModel) -> torch.device:
-    return next(iter(model.parameters())).device

@@ -194,6 +194,11 @@ def check_home(concept: Concept, here: ModelId) -> None:
         return
     if concept.model.name == here.name and concept.model.basis != here.basis:
         remedy = "refine or reformulate it again in that basis"
+    elif concept.model.name == here.name and concept.model.quantization != here.quantization:
+        remedy = (
+            "one of the two is quantised, which makes it another model; refine or reformulate the concept with it, or, to use "
+            "this one all the same, dataclasses.replace(concept, model=identify(model))"
+        )
     elif concept.model.name == here.name:
         remedy = "it has the same name but other weights; refine or reformulate it with these"
     else:

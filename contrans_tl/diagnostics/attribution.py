@@ -48,6 +48,7 @@ from contrans_tl.evaluation.steerability import ranks
 from contrans_tl.models import Hook, HookedModel, hook_name
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector
+from contrans_tl.weights import check_differentiable
 
 Kind = Literal["layer", "position", "head"]
 """What an effect is divided among: layers, positions, heads."""
@@ -151,7 +152,7 @@ def attribute(
 
     Raises:
         ValueError: a concept of another model, a layer it has not, a strength of 0, a metric that has no gradient or the
-            wrong shape, or what `ask` raises.
+            wrong shape, a quantised model that hands none on, or what `ask` raises.
     """
     check_concept(model, concept)
     layer, strength = choose_layer(concept, layer), check_strength(strength)
@@ -159,6 +160,7 @@ def attribute(
         raise ValueError(f"expected vectors='own' or vectors='one'; got {vectors!r}.")
     if steps < 1 or check < 0:
         raise ValueError(f"expected steps of 1 or more and check of 0 or more; got {steps} and {check}.")
+    check_differentiable(model)
     asked = ask(model, prompts, metric)
     _check_differentiable(asked, model.cfg.d_vocab)
     where = range(model.cfg.n_layers) if vectors == "one" else sorted(concept.layers)

@@ -19,6 +19,7 @@ from contrans_tl.diagnostics.scores import layers as layer_labels
 from contrans_tl.models import HookedModel, check_ready, identify
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.transplantation import check_home
+from contrans_tl.weights import materialised
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -96,11 +97,13 @@ def token_shift(model: HookedModel, vectors: Float[Tensor, "vector d_model"]) ->
 
 
 def _read(model: HookedModel, vectors: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector vocab"]:
-    try:
-        from transformer_lens.tools.analysis import logit_readout
-    except ImportError:  # 3.9
-        return through_head(model, vectors)
-    return logit_readout(model, vectors).values.float().cpu()
+    weights: Any = model  # the protocol asks for no final norm
+    with materialised(weights.ln_final, model.unembed):
+        try:
+            from transformer_lens.tools.analysis import logit_readout
+        except ImportError:  # 3.9
+            return through_head(model, vectors)
+        return logit_readout(model, vectors).values.float().cpu()
 
 
 def through_head(model: HookedModel, vectors: Float[Tensor, "vector d_model"]) -> Float[Tensor, "vector vocab"]:

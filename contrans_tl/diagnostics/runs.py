@@ -17,12 +17,12 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrans_tl.evaluation.subjects import device_of
 from contrans_tl.models import Hook, HookedModel, check_ready, head_once_at, identify, resumed_after
 from contrans_tl.pasts import Past
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad
 from contrans_tl.transplantation import check_home
+from contrans_tl.weights import device_of
 
 Edit = Callable[[Tensor], Tensor]
 """What is at a hook point -> what is put there."""

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from contrans_tl.diagnostics.runs import Batch
 from contrans_tl.evaluation.intervals import RESAMPLES
-from contrans_tl.evaluation.subjects import device_of
 from contrans_tl.models import Hook, HookedModel, hook_name, run_blocks
 from contrans_tl.tokens import Encoding, by_length, pad
 from contrans_tl.transplantation import Injection, injection_hooks
+from contrans_tl.weights import device_of
 
 Look = Callable[[int, Float[Tensor, "prompt pos d_model"]], None]
 """What is done with the stream after a layer."""

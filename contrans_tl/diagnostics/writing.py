@@ -46,6 +46,7 @@ from contrans_tl.models import (
 )
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, encode, pad
+from contrans_tl.weights import device_of, precision_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -202,7 +203,7 @@ class _Parts:
         return tuple(self._slots)
 
     def collect(self, sequences: Sequence[tuple[int, ...]], batch_size: int) -> None:
-        device = next(iter(self.model.parameters())).device
+        device = device_of(self.model)
         for batch in by_length([len(ids) for ids in sequences], batch_size):
             tokens, mask = pad([sequences[i] for i in batch], device)
             self._rows, self._last = torch.tensor(batch), mask.sum(1) - 1
@@ -212,7 +213,7 @@ class _Parts:
         """How far the sums are from the whole. ValueError where they miss it."""
         largest = torch.maximum(self.values.abs().amax(1), self.whole.abs()).max()
         error = float((self.values.sum(1) - self.whole).abs().max() / largest)
-        allowed = max(INCOMPLETE, 8 * torch.finfo(next(iter(self.model.parameters())).dtype).eps)
+        allowed = max(INCOMPLETE, 8 * torch.finfo(precision_of(self.model)).eps)
         if not error <= allowed:
             raise ValueError(
                 f"{self.model.cfg.model_name}: the parts miss the projection by {error:.1e} of the largest (allowed "

@@ -24,6 +24,7 @@ from contrans_tl.models import HookedModel, check_ready, hook_name, resumed_afte
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad
 from contrans_tl.transplantation import Injection, injection_hooks
+from contrans_tl.weights import device_of
 
 Forward = Callable[[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"]], Float[Tensor, "prompt pos vocab"]]
 """Tokens and mask -> logits in float32."""
@@ -37,11 +38,6 @@ def plain(model: HookedModel) -> Forward:
             return model(tokens, return_type="logits", attention_mask=mask).float()
 
     return forward
-
-
-def device_of(model: HookedModel) -> torch.device:
-    """Where its tokens go."""
-    return next(iter(model.parameters())).device
 
 
 def same_tokens(one: HookedModel, other: HookedModel) -> bool:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from contrans_tl.export.architectures import INSTEAD, Architecture, architecture_of, split
 from contrans_tl.export.weights import DTYPES, Stored, read_header
-from contrans_tl.models import ModelId, check_model_name, fingerprint, sampled
+from contrans_tl.models import ModelId, check_model_name
+from contrans_tl.weights import fingerprint, sampled
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = tuple(
