@@ -44,10 +44,15 @@ def peak_megabytes(prepare: Callable[..., Callable[[], Any]], *args: Any) -> tup
 
 def _child(pipe: Any, prepare: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:
     work = prepare(*args)
+    pipe.send(peak_here(work))
+
+
+def peak_here(work: Callable[[], Any]) -> tuple[float, float]:
+    """As `peak_megabytes`, of this process, where what ran before is still there."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _megabytes("VmRSS")
     work()
-    pipe.send((before, _megabytes("VmHWM") - before))
+    return before, _megabytes("VmHWM") - before
 
 
 def _megabytes(entry: str) -> float:
