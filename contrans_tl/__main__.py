@@ -661,7 +661,9 @@ def _quiet() -> None:
     import logging as standard
     import os
 
-    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # a line for every product of every layer
+    # A line for every product of every layer, and what torchao says when it is imported, used or not.
+    for talkative in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        standard.getLogger(talkative).setLevel(standard.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
