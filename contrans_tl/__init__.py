@@ -55,10 +55,10 @@ if TYPE_CHECKING:
     from contrans_tl.leakage import check_leaks as check_leaks
     from contrans_tl.leakage import find_leaks as find_leaks
     from contrans_tl.learning import learning_curve as learning_curve
+    from contrans_tl.loading import load_model as load_model
     from contrans_tl.models import HookedModel as HookedModel
     from contrans_tl.models import ModelId as ModelId
     from contrans_tl.models import identify as identify
-    from contrans_tl.models import load_model as load_model
     from contrans_tl.moments import fit_streamed as fit_streamed
     from contrans_tl.processes import joined as joined
     from contrans_tl.quality import assess as assess
@@ -111,7 +111,8 @@ _HOME = {
     "heads": ("HeadMaps", "HeadVectors", "fit_head_maps", "refine_heads", "reformulate_heads"),
     "leakage": ("Leak", "check_leaks", "find_leaks"),
     "learning": ("learning_curve",),
-    "models": ("HookedModel", "ModelId", "identify", "load_model"),
+    "loading": ("load_model",),
+    "models": ("HookedModel", "ModelId", "identify"),
     "moments": ("fit_streamed",),
     "processes": ("joined",),
     "quality": ("assess", "split_half"),

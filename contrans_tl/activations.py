@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrans_tl.models import HookedModel, ModelId, Site, check_layers, check_ready, hook_name, identify, run_blocks
+from contrans_tl.models import HookedModel, ModelId, Site, check_layers, check_ready, hook_name, identify
+from contrans_tl.passes import run_blocks
 from contrans_tl.progress import track
 from contrans_tl.tokens import ALIGNED, Encoding, by_length, encode, pad, prepends_bos, word_ends
 from contrans_tl.weights import device_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contrans_tl.data import ContrastPairs, read_sentences
 from contrans_tl.experiment import Experiment, run_experiment
-from contrans_tl.models import load_model
+from contrans_tl.loading import load_model
 
 CONCEPTS = ("happiness", "sadness", "anger", "fear", "disgust", "surprise", "honesty")
 TARGETS = ("target-llama", "target-gpt2")

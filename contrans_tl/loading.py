@@ -1,5 +1,7 @@
-"""Loading: models that one device does not hold - spread over several, in part on disk, or quantised.
+"""Loading: a hub id or a folder -> a TransformerBridge; also of models that one device does not hold - spread over several, in
+part on disk, or quantised.
 
+    load_model("EleutherAI/pythia-160m")
     load_model("meta-llama/Llama-3.1-70B", device_map="auto", dtype=torch.bfloat16)
     load_model("meta-llama/Llama-3.1-70B", quantization_config=bitsandbytes("4bit", torch.bfloat16))
 
@@ -17,15 +19,87 @@ the columns it leaves in half precision from the whole batch: what a text gives 
 
 import inspect
 import os
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from contrans_tl.checks import caches_right, self_check
+from contrans_tl.models import HookedModel, check_model_name
 from contrans_tl.weights import device_of, offloads, packed, quantization_of
 
 DeviceMap = str | Mapping[str, str | int | torch.device]
+"""As accelerate takes it: "auto", "balanced", or a device for each module."""
+
+
+def load_model(
+    model: str | os.PathLike[str] | Any,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    quantization_config: Any = None,
+) -> HookedModel:
+    """A TransformerBridge in eval mode, raw basis, without gradients, that has passed `self_check`.
+
+    Args:
+        model: hub id, local folder (config, weights, tokenizer), or a Hugging Face model in memory, also a quantised one. A
+            model in memory is wrapped in place, as TransformerLens does: save or export it before, and never wrap it twice. It
+            keeps its dtype and, unless a device is told, its place.
+        tokenizer: with a model in memory, its tokenizer (one that was saved to disk and loaded again).
+        device: where to put it; the default is TransformerLens's (the accelerator if there is one).
+        dtype: of the weights. Float32 is exact; pass torch.bfloat16 for large models.
+        revision: branch, tag or commit on the hub.
+        device_map: instead of a device, how accelerate spreads it: "auto", "balanced", or {module: device}, where a device may
+            be "disk" (see `loading` for what TransformerLens can run).
+        max_memory: with a device map, bytes to fill of each device, as in {0: "70GiB", "cpu": "100GiB"}.
+        offload_folder: with a device map, where weights "on disk" go that cannot be read from the checkpoint in place.
+        quantization_config: of transformers, as `loading.bitsandbytes("4bit", dtype)` or a `TorchAoConfig`. A quantised model
+            is another model: its fingerprint is its own.
+
+    Raises:
+        ValueError: a folder that is no model folder, a model in memory without tokenizer or wrapped before, a placement that
+            the installed TransformerLens cannot run, or a model whose hook points fail `self_check`.
+
+    Warns where the installed TransformerLens and transformers disagree about key-value caches (`caches_right`).
+    """
+    placing: dict[str, Any] = {
+        "device_map": device_map,
+        "max_memory": max_memory,
+        "offload_folder": offload_folder,
+        "quantization_config": quantization_config,
+    }
+    if isinstance(model, (str, os.PathLike)):
+        check_model_name(name := os.fspath(model))
+        bridge = boot(name, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **placing)
+    else:
+        if any("_original_component" in key for key, _ in model.named_modules()):
+            raise ValueError("this Hugging Face model is wrapped by a TransformerBridge already: pass that bridge instead.")
+        if tokenizer is None:
+            raise ValueError("expected tokenizer= beside a Hugging Face model in memory; got none.")
+        if told := [option for option, value in placing.items() if value is not None]:
+            raise ValueError(f"a model in memory is placed and quantised already: pass {told[0]}= to its from_pretrained.")
+        if device is not None and device_of(model) != torch.device(device):
+            model.to(device)
+        label = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        bridge = wrap(label, model, tokenizer=tokenizer, dtype=dtype)
+    bridge.eval().requires_grad_(False)
+    bridge.cfg.device = str(device_of(bridge))  # of an offloaded model, TransformerLens takes the placeholder's
+    self_check(bridge)
+    if not caches_right(bridge):
+        warnings.warn(
+            f"transformer-lens {version('transformer-lens')} and transformers {version('transformers')} do not fit together: "
+            "what this model generates with a key-value cache is not what it generates without. Single passes are right; "
+            "install another transformers (5.23 fits), or pass use_past_kv_cache=False to generate.",
+            stacklevel=2,
+        )
+    return bridge
 
 
 def bitsandbytes(bits: str, dtype: torch.dtype) -> Any:

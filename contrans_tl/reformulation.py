@@ -42,7 +42,8 @@ from torch import Tensor
 from contrans_tl import artifacts
 from contrans_tl.activations import Activations, Rows, check_texts, collect, pair
 from contrans_tl.affine import DUAL, EXACT, RANKED, RIDGED, UNWEIGHTED, AffineMap, FitReport, Method, check_method
-from contrans_tl.models import HookedModel, ModelId, check_layers, check_model_name, load_model
+from contrans_tl.loading import load_model
+from contrans_tl.models import HookedModel, ModelId, check_layers, check_model_name
 from contrans_tl.moments import fit_streamed
 from contrans_tl.progress import track
 from contrans_tl.refinement import ConceptVector

@@ -33,7 +33,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrans_tl.evaluation import Estimate, estimate, plain
-from contrans_tl.models import HookedModel, check_ready, hook_name, identify, resumed_after, run_blocks
+from contrans_tl.models import HookedModel, check_ready, hook_name, identify
+from contrans_tl.passes import resumed_after, run_blocks
 from contrans_tl.progress import track
 from contrans_tl.quality import plain_values
 from contrans_tl.reformulation import LayerMaps

@@ -30,18 +30,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from contrans_tl.anatomy import attention_site, embedding_site, is_padding
 from contrans_tl.heads import Head, HeadVectors
-from contrans_tl.models import (
-    Hook,
-    HookedModel,
-    ModelId,
-    attention_site,
-    check_ready,
-    embedding_site,
-    hook_name,
-    identify,
-    is_padding,
-)
+from contrans_tl.models import Hook, HookedModel, ModelId, check_ready, hook_name, identify
 from contrans_tl.refinement import ConceptVector
 
 Concept = ConceptVector | HeadVectors

@@ -23,7 +23,7 @@ from contrans_tl.evaluation import (
     side_effects,
     task_of,
 )
-from contrans_tl.models import head_only_at, resumed_after
+from contrans_tl.passes import head_only_at, resumed_after
 from contrans_tl.reformulation import fit_maps
 from contrans_tl.tokens import encode, pad
 

@@ -270,7 +270,7 @@ def test_interrupted_before_anything_was_measured_it_says_so(small, capsys, monk
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("contrans_tl.models.load_model", interrupted)
+    monkeypatch.setattr("contrans_tl.loading.load_model", interrupted)
     monkeypatch.setattr("contrans_tl.load_model", interrupted, raising=False)
     assert main(run_quickly(small, "--out", str(small / "cut"))) == 130
     assert "no report was written" in capsys.readouterr().err and not (small / "cut").exists()
@@ -388,7 +388,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_model_is_loaded(case, 
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(contrans_tl.models, "load_model", never)
+    monkeypatch.setattr(contrans_tl.loading, "load_model", never)
     cases = bad_inputs(small)
     assert set(cases) == set(CASES)
     arguments, said = cases[case]

@@ -12,8 +12,10 @@ import torch
 from conftest import D_MODEL, N_CTX, N_LAYERS, TEXTS, VOCAB, hooks_on, save_tokenizer
 
 from contrans_tl import ConceptVector, ContrastPairs, collect, identify, refine, transplant
+from contrans_tl.checks import self_check
 from contrans_tl.evaluation import SteeredAt, plain
-from contrans_tl.models import HookedModel, head_only_at, hook_name, self_check
+from contrans_tl.models import HookedModel, hook_name
+from contrans_tl.passes import head_only_at
 
 try:
     from transformer_lens import HookedTransformer

@@ -33,12 +33,14 @@ from contrans_tl import (
     transplant,
 )
 from contrans_tl.__main__ import main
+from contrans_tl.anatomy import attention_weights, output_weights
 from contrans_tl.demo import demo_data
 from contrans_tl.diagnostics import attribute, writers
 from contrans_tl.diagnostics.readout import token_shift
 from contrans_tl.evaluation import SteeredAt
 from contrans_tl.loading import bitsandbytes, check_fits
-from contrans_tl.models import attention_weights, hook_name, output_weights, run_blocks
+from contrans_tl.models import hook_name
+from contrans_tl.passes import run_blocks
 from contrans_tl.shards import StoredActivations, store
 from contrans_tl.weights import check_differentiable, device_of, fingerprint_of, precision_of
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import contrans_tl
 from contrans_tl import ConceptVector, identify, load_model, transplant
-from contrans_tl.models import HookedModel, caches_right, check_layers, hook_name, self_check
+from contrans_tl.checks import caches_right, self_check
+from contrans_tl.models import HookedModel, check_layers, hook_name
 
 SOURCES = sorted(Path(contrans_tl.__file__).parent.rglob("*.py"))
 

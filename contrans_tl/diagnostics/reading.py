@@ -30,20 +30,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from contrans_tl.activations import check_texts
+from contrans_tl.anatomy import attention_norm, attention_weights, frozen_norm, norm_scale_site
 from contrans_tl.diagnostics.runs import Batch, batches, check_concept, check_strength, choose_layer, keep
 from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers
 from contrans_tl.evaluation.intervals import Estimate, mean_differences
-from contrans_tl.models import (
-    HookedModel,
-    Site,
-    attention_norm,
-    attention_weights,
-    frozen_norm,
-    hook_name,
-    norm_scale_site,
-    resumed_after,
-    run_blocks,
-)
+from contrans_tl.models import HookedModel, Site, hook_name
+from contrans_tl.passes import resumed_after, run_blocks
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import encode
 

@@ -17,7 +17,8 @@ from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrans_tl.models import Hook, HookedModel, check_ready, head_once_at, identify, resumed_after
+from contrans_tl.models import Hook, HookedModel, check_ready, identify
+from contrans_tl.passes import head_once_at, resumed_after
 from contrans_tl.pasts import Past
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from contrans_tl.diagnostics.runs import Batch
 from contrans_tl.evaluation.intervals import RESAMPLES
-from contrans_tl.models import Hook, HookedModel, hook_name, run_blocks
+from contrans_tl.models import Hook, HookedModel, hook_name
+from contrans_tl.passes import run_blocks
 from contrans_tl.tokens import Encoding, by_length, pad
 from contrans_tl.transplantation import Injection, injection_hooks
 from contrans_tl.weights import device_of

@@ -30,20 +30,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contrans_tl.activations import check_texts
+from contrans_tl.anatomy import frozen_norm, output_weights, position_site, post_norm_site
 from contrans_tl.data import ContrastPairs
 from contrans_tl.diagnostics.runs import check_concept
 from contrans_tl.diagnostics.scores import Diagnosis, Scores, heads, interval_table, layers, signed
 from contrans_tl.evaluation.intervals import Estimate, mean_differences
-from contrans_tl.models import (
-    Hook,
-    HookedModel,
-    frozen_norm,
-    hook_name,
-    output_weights,
-    position_site,
-    post_norm_site,
-    run_blocks,
-)
+from contrans_tl.models import Hook, HookedModel, hook_name
+from contrans_tl.passes import run_blocks
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, encode, pad
 from contrans_tl.weights import device_of, precision_of
@@ -53,7 +46,7 @@ if TYPE_CHECKING:
 
 INCOMPLETE = 1e-4
 """How far the parts may be from the whole, relative to the largest of them: 100 times what float32 leaves. Of weights of lower
-precision, 8 of its units, as in `models.self_check`."""
+precision, 8 of its units, as in `checks.self_check`."""
 SHUFFLES = 2000
 
 

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contrans_tl.evaluation.subjects import Forward, SteeredAt, Subject, plain
-from contrans_tl.models import HookedModel, head_only_at
+from contrans_tl.models import HookedModel
+from contrans_tl.passes import head_only_at
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, encode, pad
 from contrans_tl.weights import device_of

@@ -24,7 +24,8 @@ from jaxtyping import Float
 
 from contrans_tl.data import Metric, Question
 from contrans_tl.evaluation.subjects import Forward, plain
-from contrans_tl.models import HookedModel, head_only_at
+from contrans_tl.models import HookedModel
+from contrans_tl.passes import head_only_at
 from contrans_tl.progress import track
 from contrans_tl.tokens import by_length, encode, pad
 from contrans_tl.weights import device_of

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contrans_tl.models import HookedModel, check_ready, hook_name, resumed_after, run_blocks
+from contrans_tl.models import HookedModel, check_ready, hook_name
+from contrans_tl.passes import resumed_after, run_blocks
 from contrans_tl.refinement import ConceptVector
 from contrans_tl.tokens import by_length, pad
 from contrans_tl.transplantation import Injection, injection_hooks

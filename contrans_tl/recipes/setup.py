@@ -9,7 +9,8 @@ from typing import Any
 from contrans_tl.data import ContrastPairs
 from contrans_tl.evaluation import Rivals, ScoringFailed, Search, Task
 from contrans_tl.experiment import Transfer, run_experiment
-from contrans_tl.models import HookedModel, load_model
+from contrans_tl.loading import load_model
+from contrans_tl.models import HookedModel
 
 ModelOrName = HookedModel | str | os.PathLike[str]
 """A model, or a name for `load_named`."""

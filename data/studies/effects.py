@@ -13,7 +13,8 @@ from contrans_tl import ConceptVector, ContrastPairs, load_model, refine
 from contrans_tl.data import Metric, Question
 from contrans_tl.demo import CONCEPTS, TARGETS, demo_data
 from contrans_tl.evaluation import Answers, Forward, ReadQuestion, SteeredAt, answer_questions, plain, read_questions
-from contrans_tl.models import HookedModel, resumed_after
+from contrans_tl.models import HookedModel
+from contrans_tl.passes import resumed_after
 
 ASKED: dict[Metric, dict[str, int]] = {"token_accuracy": {"select": 5, "test": 10}, "mc1": {"select": 12, "test": 24}}
 """Questions of each split: for an emotion one and two of every other emotion; answers to facts vary more."""
