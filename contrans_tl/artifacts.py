@@ -38,7 +38,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     """
     tensors, about = _read(path, kind)
     if about["kind"] != kind:
-        raise ValueError(f"expected a {kind}; {str(path)!r} holds a {about['kind']}.")
+        raise ValueError(f"expected a file of kind {kind!r}; {str(path)!r} is of kind {about['kind']!r}.")
     return tensors, about
 
 

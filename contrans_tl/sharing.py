@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str]) -> Shareable:
     """A concept or maps from a file, whichever it holds. ValueError for one that holds neither."""
     kind = artifacts.header_of(path)["kind"]
     if kind not in KINDS:
-        raise ValueError(f"expected a file of {', '.join(KINDS)}; {str(path)!r} holds a {kind}, which names no models.")
+        raise ValueError(f"expected a file of {', '.join(KINDS)}; {str(path)!r} is of kind {kind!r}, which names no models.")
     return KINDS[kind][0].load(path)
 
 

@@ -113,7 +113,7 @@ def test_a_newer_format_is_refused_with_the_remedy(tmp_path):
 
 def test_another_kind_of_artifact_and_a_missing_file_are_refused(tmp_path):
     path = CONCEPT.save(tmp_path / "c.safetensors")
-    with pytest.raises(ValueError, match="expected a layer maps; .* holds a concept vector"):
+    with pytest.raises(ValueError, match="of kind 'layer maps'; .* is of kind 'concept vector'"):
         LayerMaps.load(path)
     assert header_of(path)["kind"] == "concept vector" and header_of(path)["layers"] == [0, 2]
     for read in (AffineMap.load, header_of):

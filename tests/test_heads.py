@@ -297,9 +297,9 @@ def test_head_maps_are_loaded_as_they_were_saved(bridges, tmp_path, pooled):
     v = refine_heads(source, PAIRS)
     moved, again = reformulate_heads(v, maps), reformulate_heads(v, loaded)
     assert moved.heads == again.heads and torch.equal(moved.vectors, again.vectors)
-    with pytest.raises(ValueError, match="expected a layer maps; .* holds a head maps"):
+    with pytest.raises(ValueError, match="of kind 'layer maps'; .* is of kind 'head maps'"):
         LayerMaps.load(tmp_path / "maps.safetensors")
-    with pytest.raises(ValueError, match="expected a head maps; .* holds a head vectors"):
+    with pytest.raises(ValueError, match="of kind 'head maps'; .* is of kind 'head vectors'"):
         HeadMaps.load(v.save(tmp_path / "vectors.safetensors"))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import unchecked
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_quality import concept, draw, fitted, planted
 from test_report import RATES, transfer
@@ -244,3 +245,8 @@ def test_a_figure_of_few_arms_or_of_an_empty_sweep_is_still_drawn() -> None:
     drawn(plots.arms_figure({"anger": transfer(rates={"base": 0.1})}))
     drawn(plots.differences_figure({"anger": transfer(rates={"transplanted": 0.1})}))
     drawn(plots.sweep_figure(transfer(sweep=())))
+
+
+def test_what_no_diagnostic_reports_has_no_figure_of_its_kind() -> None:
+    with unchecked(), pytest.raises(ValueError, match="expected a report of diagnostics; got dict"):
+        plots.figure_of({})

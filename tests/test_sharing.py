@@ -400,7 +400,7 @@ def test_a_file_of_another_kind_a_pickle_and_a_header_that_is_not_whole_are_refu
     file = folder / "concept.safetensors"
     layer_maps().save(file)
     manifest_with(folder, lambda manifest: None)
-    with pytest.raises(ValueError, match=r"expected a concept vector; .*concept\.safetensors' holds a layer maps"):
+    with pytest.raises(ValueError, match=r"of kind 'concept vector'; .*concept\.safetensors' is of kind 'layer maps'"):
         again()
 
     class Evil:
@@ -686,7 +686,7 @@ def test_push_and_pull_on_the_command_line(tmp_path, monkeypatch, capsys):
     AffineMap.save(fit_affine(drawn(30, 4), drawn(30, 5)), "map.safetensors")
     for arguments, message in (
         (["push", "nowhere.safetensors", "./x"], "there is no file"),
-        (["push", "map.safetensors", "./x"], "holds a affine map"),
+        (["push", "map.safetensors", "./x"], "is of kind 'affine map'"),
         (["push", "moved.safetensors", "./x", "--report", "pairs.json"], "expected a report.json"),
         (["pull", "./nowhere", "--out", "x"], "not there"),
     ):

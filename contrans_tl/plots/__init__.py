@@ -78,7 +78,9 @@ _FIGURES: dict[type[Diagnosis], Callable[..., Any]] = {
 
 
 def figure_of(report: Diagnosis) -> "Figure":
-    """The figure of any report of `diagnostics`."""
+    """The figure of any report of `diagnostics`. ValueError for anything else, which has a function of its own here."""
+    if type(report) not in _FIGURES:
+        raise ValueError(f"expected a report of diagnostics; got {type(report).__name__}. The other figures are by name here.")
     return _FIGURES[type(report)](report)
 
 
