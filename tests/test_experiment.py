@@ -383,7 +383,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_and_exit_code_2_before_any_model_is_loaded(case, small, capsys, monkeypatch):
-    import contrans_tl.models
+    import contrans_tl.loading
 
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded")
