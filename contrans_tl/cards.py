@@ -14,7 +14,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from contrans_tl.evaluation import NULLS
@@ -106,7 +105,13 @@ def steps_of(provenance: Any) -> Iterable[Mapping[str, Any]]:
 
 def _is_carried(step: Mapping[str, Any]) -> bool:
     origin = step.get("carried_from")
-    return isinstance(origin, Mapping) and set(origin) == {field.name for field in fields(ModelId)}
+    if not isinstance(origin, Mapping):
+        return False
+    try:
+        ModelId(**origin)
+    except TypeError:
+        return False
+    return True
 
 
 def on_the_hub(model: ModelId) -> bool:

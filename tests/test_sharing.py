@@ -581,6 +581,9 @@ def test_the_card_says_where_it_lives_how_it_was_made_and_what_was_measured(tmp_
     _, html = rendered(Path(push(replace(MOVED, provenance=arrived), tmp_path / "g")))
     assert "Read from <code>gguf</code>. It was multiplied by 1.5" in html
     assert "layers <code>2 to 3</code>, through maps fitted by <code>paper</code>.</p>" in html
+    older = {key: value for key, value in SOURCE.to_dict().items() if key != "quantization"}  # as earlier versions wrote it
+    _, html = rendered(Path(push(replace(MOVED, provenance=CARRIED | {"carried_from": older}), tmp_path / "h")))
+    assert "<code>ridge</code>" in html and SOURCE.fingerprint in html
     for number, unknown in enumerate(({}, {"carried_from": "somewhere"}, {"made": ["by", "hand"]})):
         _, html = rendered(Path(push(replace(MOVED, provenance=unknown), tmp_path / f"e{number}")))
         assert "How it was made is not recorded" in html and "this file does not tell" in html
