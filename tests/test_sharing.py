@@ -548,7 +548,7 @@ def rendered(folder: Path) -> tuple[Any, str]:
 def test_the_card_says_where_it_lives_how_it_was_made_and_what_was_measured(tmp_path):
     report = transfer()
     data, html = rendered(Path(push(MOVED, tmp_path / "a", report=report)))
-    assert data.library_name == "contrans_tl" and "steering-vector" in data.tags and data.license is None
+    assert data.get("library_name") == "contrans_tl" and "steering-vector" in data.tags and data.license is None
     assert data.base_model == [SOURCE.name]  # the target is a folder
     for said in (
         SOURCE.name, SOURCE.revision, SOURCE.fingerprint, TARGET.name, TARGET.fingerprint, "raw", "blocks.{l}.hook_resid_post",
