@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
+from importlib.metadata import version  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -30,6 +31,10 @@ from transformers import (  # noqa: E402
     Qwen2Config,
 )
 from transformers.utils import logging  # noqa: E402
+
+RemoteBridge: Any = None
+if not version("transformer-lens").startswith("3."):  # 3.9 has none
+    pass  # noqa: E402
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)

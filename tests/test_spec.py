@@ -4,21 +4,16 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, decoder_layers, hf_steered_logits, unchecked
+from conftest import ARCHITECTURES, D_MODEL, N_LAYERS, RemoteBridge, decoder_layers, hf_steered_logits, unchecked
 from test_control_vectors import IDS, MODEL, TOLERANCE, concept_of
 from torch import Tensor
 
 from contrans_tl import identify, injection_hooks, transplant
 from contrans_tl.exchange import from_spec, read_spec, to_interventions, to_spec, write_spec
-
-RemoteBridge: Any = None
-if not version("transformer-lens").startswith("3."):  # 3.9 has none
-    from transformer_lens.model_bridge.remote_bridge import RemoteBridge
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "last", "generated"])
